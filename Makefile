@@ -1,0 +1,83 @@
+# make demo | test | bench | lint: each sets up .venv and builds the library when needed, from python3, a C++ compiler
+# and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place.
+
+PYTHON ?= python3
+VENV ?= .venv
+RESULT ?= bench/results/local
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+INSTALL := $(PY) -m pip install
+STAMPS := $(VENV)/.bn_ext
+
+LIBRARY_SOURCES := setup.py pyproject.toml bn_ext/_version.py $(wildcard buildtools/*.py) \
+  $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint format build clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
+	@echo 'make test    run every test'
+	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
+	@echo 'make lint    ruff, mypy, clang-format'
+	@echo 'make format  let ruff and clang-format lay the code out'
+	@echo 'make build   set up $(VENV) and build the library'
+	@echo 'make clean   remove what builds and runs left; make distclean removes $(VENV) too'
+
+demo: $(STAMPS)/demo $(STAMPS)/built
+	$(PY) examples/train_mlp.py
+	$(PY) bench/bench_batchnorm.py --quick
+
+test: $(STAMPS)/test $(STAMPS)/built
+	$(PY) -m pytest tests -q
+
+bench: $(STAMPS)/demo $(STAMPS)/built
+	@mkdir -p $(dir $(RESULT))
+	$(PY) bench/bench_batchnorm.py --json $(RESULT).jsonl --plot $(RESULT).png
+
+lint: $(STAMPS)/lint $(STAMPS)/torch
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+build: $(STAMPS)/built
+
+# The library is built into the source tree (an editable install), so a test run can import no tree without one.
+$(STAMPS)/built: $(STAMPS)/build $(LIBRARY_SOURCES)
+	$(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/venv:
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo '$(PYTHON) cannot make a virtual environment: install its venv module (apt install python3-venv)' >&2; exit 1; }
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
+	$(INSTALL) -r $<
+	@touch $@
+
+# torch comes first: a package that asks for torch then finds the pinned one.
+$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/lint: $(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
+	$(INSTALL) -q -r $<
+	@touch $@
+
+$(STAMPS)/test: requirements/test.txt requirements/demo.txt $(STAMPS)/torch
+	$(INSTALL) -q -r $<
+	@touch $@
+
+clean:
+	rm -rf build dist out *.egg-info bn_ext/_C*.so bn_ext/_build.json $(STAMPS)/built
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find bn_ext buildtools tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
