@@ -1,0 +1,19 @@
+// The one body of the CPU kernels, included once per instruction-set level between the level's target pragmas.
+// The anonymous namespace keeps one level's inline code from standing in for another's.
+namespace bn_ext {
+namespace cpu {
+namespace {
+// clang-format off: each file builds on the ones before it
+#include "cpu/vec.h"
+#include "cpu/reader.h"
+#include "cpu/statistics.h"
+#include "cpu/normalise.h"
+#include "cpu/gradient.h"
+#include "cpu/grad_input.h"
+#include "cpu/drivers.h"
+// clang-format on
+
+const Kernels kKernels = {forward, inference, backward};
+}  // namespace
+}  // namespace cpu
+}  // namespace bn_ext

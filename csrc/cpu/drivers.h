@@ -1,0 +1,240 @@
+// The stages put together: statistics -> per-channel coefficients -> element-wise pass. Included inside the level's
+// namespace, last. Every path gives the same bits: which one runs depends on the number of threads, the results do not.
+
+constexpr int64_t kCacheBytes =
+    512 * 1024;                           // a channel's data up to this size stays in a core's cache between two sweeps
+constexpr int64_t kChannelElements = 64;  // a channel's share of per-channel work, in elements of element-wise work
+
+// One task per channel does all its stages while the channel is in cache: one sweep of memory instead of two or three.
+inline bool channel_at_a_time(const Geometry& g, int64_t bytes_per_channel, const Parallel& par) {
+  if (g.columns || bytes_per_channel > kCacheBytes) return false;
+  return par.threads == 1 || g.channels >= 4 * par.threads || g.outer * g.inner * g.channels <= kParallelElements;
+}
+
+// Runs stage(c0, c1, parallel) for each channel in turn over the threads, or once for all of them.
+template <class Stage>
+inline void for_channels(const Geometry& g, bool one_by_one, const Parallel& par, const Stage& stage) {
+  if (!one_by_one) return stage(0, g.channels, par);
+  parallel_for(par, g.channels, g.outer * g.inner, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) stage(c, c + 1, Parallel());
+  });
+}
+
+// body(c0, c1) over blocks of [begin, end).
+template <class Body>
+inline void for_channel_blocks(int64_t begin, int64_t end, int64_t chunks, const Parallel& par, const Body& body) {
+  parallel_for(par, end - begin, kChannelElements + chunks, [&](int64_t b, int64_t e) { body(begin + b, begin + e); });
+}
+
+inline double inverse_std(double variance, double eps) { return 1.0 / std::sqrt(variance + eps); }
+
+template <class T>
+inline void set_normalise(const NormaliseCoefficients<T>& out, int64_t c, Scalar<T> mean_hi, Scalar<T> mean_lo,
+                          double invstd, const VectorRef& weight, const VectorRef& bias) {
+  const auto k = normalise_coefficients<Scalar<T>, double>(mean_hi, mean_lo, invstd, load_element(weight, c, 1.0),
+                                                           load_element(bias, c, 0.0));
+  out.row(0)[c] = k.mean_hi;
+  out.row(1)[c] = k.scale;
+  out.row(2)[c] = k.shift;
+}
+
+// Merged moments of channel c -> saved values, coefficients, running statistics.
+template <class T>
+inline void finish_channel(const ForwardArgs& a, const Partials& partials, double momentum, int64_t c,
+                           const NormaliseCoefficients<T>& coefficients) {
+  const double count = static_cast<double>(a.shape.count());
+  const double mean_hi = partials.row(0, 0)[c], mean_lo = partials.row(0, 1)[c], m2 = partials.row(0, 2)[c];
+  const double variance = m2 / count, invstd = inverse_std(variance, a.eps);
+  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
+  split(mean_hi, mean_lo, saved, saved + a.shape.c);
+  saved[2 * a.shape.c] = static_cast<Scalar<T>>(invstd);
+  set_normalise<T>(coefficients, c, saved[0], saved[a.shape.c], invstd, a.weight, a.bias);
+  if (a.running_mean) {
+    store_element(a.running_mean, c, running_update(load_element(a.running_mean, c), mean_hi, momentum));
+  }
+  if (a.running_var) {
+    const double unbiased = m2 / (count - 1);
+    store_element(a.running_var, c, running_update(load_element(a.running_var, c), unbiased, momentum));
+  }
+}
+
+template <class T>
+inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
+  const TensorRef operands[] = {a.y, a.x};
+  const Geometry g = make_geometry(a.shape, operands, 2);
+  const int64_t chunks = g.chunks(), channels = g.channels;
+  const Scratch scratch((chunks * 3 + 3) * channels);
+  const Partials partials{scratch.data(), channels};
+  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data() + chunks * 3 * channels),
+                                              channels};
+  const Reader<T> x(g, 1, a.x.data);
+  T* y = static_cast<T*>(a.y.data);
+  if (a.num_batches_tracked) ++*a.num_batches_tracked;
+  double momentum = a.momentum;
+  if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
+
+  const bool one_by_one = channel_at_a_time(g, a.shape.count() * int64_t(sizeof(T)), par);
+  for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
+    if (g.columns) {
+      statistics_columns(g, x, partials, p);
+    } else {
+      statistics_planes(g, x, partials, c0, c1, p);
+    }
+    for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
+      merge_chunks(g, partials, b, e);
+      for (int64_t c = b; c < e; ++c) finish_channel<T>(a, partials, momentum, c, coefficients);
+    });
+    if (g.columns) {
+      normalise_columns(g, x, y, coefficients, p);
+    } else {
+      normalise_planes(g, x, y, coefficients, c0, c1, p);
+    }
+  });
+}
+
+template <class T>
+inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
+  const TensorRef operands[] = {a.y, a.x};
+  const Geometry g = make_geometry(a.shape, operands, 2);
+  const Scratch scratch(3 * g.channels);
+  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data()), g.channels};
+  for_channel_blocks(0, g.channels, 0, par, [&](int64_t b, int64_t e) {
+    for (int64_t c = b; c < e; ++c) {
+      Scalar<T> hi, lo;
+      split(load_element(a.running_mean, c), 0.0, &hi, &lo);
+      const double invstd = inverse_std(load_element(a.running_var, c), a.eps);
+      set_normalise<T>(coefficients, c, hi, lo, invstd, a.weight, a.bias);
+    }
+  });
+  const Reader<T> x(g, 1, a.x.data);
+  T* y = static_cast<T*>(a.y.data);
+  if (g.columns) {
+    normalise_columns(g, x, y, coefficients, par);
+  } else {
+    normalise_planes(g, x, y, coefficients, 0, g.channels, par);
+  }
+}
+
+// What backward knows of the channels: forward's saved values, or the running statistics.
+struct ChannelState {
+  Means means;
+  double* invstd;
+};
+
+template <class T>
+inline void channel_mean(const BackwardArgs& a, int64_t c, Scalar<T>* hi, Scalar<T>* lo) {
+  if (a.saved) {
+    const Scalar<T>* saved = static_cast<const Scalar<T>*>(a.saved) + c;
+    *hi = saved[0];
+    *lo = saved[a.shape.c];
+  } else {
+    split(load_element(a.running_mean, c), 0.0, hi, lo);
+  }
+}
+
+template <class T>
+inline void load_state(const BackwardArgs& a, const ChannelState& s, int64_t c) {
+  Scalar<T> hi, lo;
+  channel_mean<T>(a, c, &hi, &lo);
+  two_sum<double>(hi, lo, s.means.row(0) + c, s.means.row(1) + c);
+  s.invstd[c] = a.saved ? static_cast<const Scalar<T>*>(a.saved)[2 * a.shape.c + c]
+                        : inverse_std(load_element(a.running_var, c), a.eps);
+}
+
+// Summed chunks of channel c -> parameter gradients and, in training, the coefficients of dx.
+template <class T>
+inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const ChannelState& s, int64_t c,
+                            const GradCoefficients<T>& out) {
+  const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
+  if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
+  if (a.grad_bias) store_element(a.grad_bias, c, sum_dy);
+  if (!a.dx || !a.saved) return;
+  Scalar<T> hi, lo;
+  channel_mean<T>(a, c, &hi, &lo);
+  const auto k = gradient_coefficients<Scalar<T>, double>(hi, lo, s.invstd[c], load_element(a.weight, c, 1.0), sum_dy,
+                                                          dot, static_cast<double>(a.shape.count()));
+  out.row(0)[c] = k.mean_hi;
+  out.row(1)[c] = k.dy_hi;
+  out.row(2)[c] = k.scale;
+  out.row(3)[c] = k.slope;
+  out.row(4)[c] = k.offset;
+}
+
+// Evaluation: dx = dy * scale, which is a normalise of dy; x is not read.
+template <class T>
+inline void scale_gradient(const BackwardArgs& a, const ChannelState& s, Scalar<T>* memory, const Parallel& par) {
+  const TensorRef operands[] = {a.dx, a.dy};
+  const Geometry g = make_geometry(a.shape, operands, 2);
+  const NormaliseCoefficients<T> coefficients{memory, g.channels};
+  for (int64_t c = 0; c < g.channels; ++c) {
+    set_normalise<T>(coefficients, c, 0, 0, s.invstd[c], a.weight, VectorRef());
+  }
+  const Reader<T> dy(g, 1, a.dy.data);
+  T* dx = static_cast<T*>(a.dx.data);
+  if (g.columns) {
+    normalise_columns(g, dy, dx, coefficients, par);
+  } else {
+    normalise_planes(g, dy, dx, coefficients, 0, g.channels, par);
+  }
+}
+
+template <class T>
+inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
+  const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
+  const Geometry g = make_geometry(a.shape, operands, 3);
+  const int64_t chunks = g.chunks(), channels = g.channels;
+  const Scratch scratch((chunks * 2 + 3 + 5) * channels);
+  const GradSums sums{scratch.data(), channels};
+  double* of_channels = scratch.data() + chunks * 2 * channels;
+  const ChannelState state{{of_channels, channels}, of_channels + 2 * channels};
+  const GradCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + 3 * channels), channels};
+  for (int64_t c = 0; c < channels; ++c) load_state<T>(a, state, c);
+  if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
+  if (!a.saved && !a.grad_weight && !a.grad_bias) return;
+
+  const Reader<T> dy(g, 1, a.dy.data), x(g, 2, a.x.data);
+  T* dx = a.saved ? static_cast<T*>(a.dx.data) : nullptr;
+  const bool one_by_one = channel_at_a_time(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
+  for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
+    if (g.columns) {
+      reduce_columns(g, dy, x, state.means, sums, p);
+    } else {
+      reduce_planes(g, dy, x, state.means, sums, c0, c1, p);
+    }
+    for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
+      sum_chunks(g, sums, b, e);
+      for (int64_t c = b; c < e; ++c) finish_gradient<T>(a, sums, state, c, coefficients);
+    });
+    if (!dx) return;
+    if (g.columns) {
+      grad_input_columns(g, dy, x, dx, coefficients, p);
+    } else {
+      grad_input_planes(g, dy, x, dx, coefficients, c0, c1, p);
+    }
+  });
+}
+
+// call(T()) for the element type of `dtype`.
+template <class Call>
+inline void for_type(DType dtype, const Call& call) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return call(double());
+    case DType::kBFloat16:
+      return call(bfloat16());
+    case DType::kFloat16:
+      return call(float16());
+    default:
+      return call(float());
+  }
+}
+
+void forward(const ForwardArgs& a, const Parallel& par) {
+  for_type(a.dtype, [&](auto t) { forward_typed<decltype(t)>(a, par); });
+}
+void inference(const InferenceArgs& a, const Parallel& par) {
+  for_type(a.dtype, [&](auto t) { inference_typed<decltype(t)>(a, par); });
+}
+void backward(const BackwardArgs& a, const Parallel& par) {
+  for_type(a.dtype, [&](auto t) { backward_typed<decltype(t)>(a, par); });
+}

@@ -1,0 +1,89 @@
+// dx = (dy - dy_hi) * scale - (x - mean_hi) * slope + offset over rows and runs. Included inside the level's namespace.
+// The five coefficients of formulas.h in its order: mean_hi, dy_hi, scale, slope, offset.
+
+template <class T>
+using GradCoefficients = Coefficients<Scalar<T>, 5>;
+
+template <class T>
+inline VecC<T> grad_input(VecC<T> dy, VecC<T> x, const VecC<T>* c) {
+  return (dy - c[1]) * c[2] + (c[4] - (x - c[0]) * c[3]);
+}
+
+template <class T, int kRows>
+inline void grad_input_rows(const T* const* dy, const T* const* x, T* const* dx, int64_t n, const Scalar<T>* const* c) {
+  constexpr int kLanes = Compute<T>::lanes;
+  T tail_dy[kLanes], tail_x[kLanes], tail_dx[kLanes];
+  Scalar<T> tail_c[kLanes];
+  for (int64_t v = 0; v < n; v += kLanes) {
+    const int64_t rest = n - v;
+    const bool full = rest >= kLanes;
+    VecC<T> k[5];
+    for (int i = 0; i < 5; ++i) {
+      k[i] = load_raw<VecC<T>>(full ? c[i] + v : padded<kLanes>(c[i] + v, rest, Scalar<T>(), tail_c));
+    }
+    for (int j = 0; j < kRows; ++j) {
+      if (full) {
+        store_compute(dx[j] + v, grad_input<T>(load_compute(dy[j] + v), load_compute(x[j] + v), k));
+      } else {
+        padded<kLanes>(dy[j] + v, rest, T(), tail_dy);
+        padded<kLanes>(x[j] + v, rest, T(), tail_x);
+        store_compute(tail_dx, grad_input<T>(load_compute(tail_dy), load_compute(tail_x), k));
+        std::copy(tail_dx, tail_dx + rest, dx[j] + v);
+      }
+    }
+  }
+}
+
+template <class T>
+inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
+  constexpr int kLanes = Compute<T>::lanes;
+  VecC<T> k[5];
+  for (int i = 0; i < 5; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
+  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    store_compute(dx + i, grad_input<T>(load_compute(dy + i), load_compute(x + i), k));
+  }
+  if (rest == 0) return;
+  T tail_dy[kLanes], tail_x[kLanes];
+  padded<kLanes>(dy + whole, rest, T(), tail_dy);
+  padded<kLanes>(x + whole, rest, T(), tail_x);
+  store_compute(tail_dy, grad_input<T>(load_compute(tail_dy), load_compute(tail_x), k));
+  std::copy(tail_dy, tail_dy + rest, dx + whole);
+}
+
+template <class T>
+inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
+                               const GradCoefficients<T>& coefficients, const Parallel& par) {
+  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
+    alignas(64) Scalar<T> expanded[5 * kBlockColumns];
+    T buffer_dy[kWriteRows * kBlockColumns], buffer_x[kWriteRows * kBlockColumns];
+    const Scalar<T>* c[5];
+    for (int64_t task = end - 1; task >= begin; --task) {
+      const ColumnTask t = column_task(g, task);
+      coefficients.expand(g, t.v0, t.n, expanded, c);
+      int64_t r = t.r0;
+      for_row_groups<kWriteRows>(x, t.r0, t.r1, t.v0, t.n, buffer_x, [&](auto count, const T* const* rows) {
+        constexpr int kRows = decltype(count)::value;
+        const T* rows_dy[kRows];
+        T* out[kRows];
+        for (int j = 0; j < kRows; ++j) {
+          rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
+          out[j] = lead_row(g, dx, r + j, t.v0);
+        }
+        grad_input_rows<T, kRows>(rows_dy, rows, out, t.n, c);
+        r += kRows;
+      });
+    }
+  });
+}
+
+template <class T>
+inline void grad_input_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
+                              const GradCoefficients<T>& coefficients, int64_t c0, int64_t c1, const Parallel& par) {
+  const bool direct = dy.direct() && x.direct();
+  for_planes(g, c0, c1, direct, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+    T buffer_dy[kGather], buffer_x[kGather];
+    grad_input_run(dy.run(o, c, i0, n, buffer_dy), x.run(o, c, i0, n, buffer_x), lead_run(g, dx, o, c, i0), n,
+                   coefficients, c);
+  });
+}

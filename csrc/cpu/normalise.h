@@ -1,0 +1,131 @@
+// y = (x - mean_hi) * scale + shift over rows and runs. Included inside the level's namespace.
+
+constexpr int kWriteRows = 4;  // rows written side by side, sharing one load of the coefficients
+
+template <class T>
+inline VecC<T> normalise(VecC<T> x, VecC<T> mean_hi, VecC<T> scale, VecC<T> shift) {
+  return (x - mean_hi) * scale + shift;
+}
+
+// Per-channel coefficients as `kCount` arrays of `channels`, and their expansion to the columns of a block.
+template <class E, int kCount>
+struct Coefficients {
+  E* data;
+  int64_t channels;
+  E* row(int which) const { return data + which * channels; }
+
+  // rows[i]: coefficient i of columns [v0, v0 + n), in place where a column is a channel.
+  void expand(const Geometry& g, int64_t v0, int64_t n, E* buffer, const E** rows) const {
+    const int64_t fast = g.fast();
+    const bool in_place = !g.by_span && g.fold == 1;
+    for (int i = 0; i < kCount; ++i) {
+      rows[i] = in_place ? row(i) + v0 : buffer + i * kBlockColumns;
+      if (in_place) continue;
+      E* out = buffer + i * kBlockColumns;
+      const E* in = row(i);
+      if (g.by_span) {
+        for (int64_t v = 0; v < n; v += fast) std::fill(out + v, out + std::min(v + fast, n), in[(v0 + v) / fast]);
+      } else {
+        for (int64_t v = 0; v < n; v += fast) std::copy(in, in + std::min(fast, n - v), out + v);
+      }
+    }
+  }
+};
+
+template <class T>
+using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
+
+template <class T, int kRows>
+inline void normalise_rows(const T* const* x, T* const* y, int64_t n, const Scalar<T>* const* c) {
+  constexpr int kLanes = Compute<T>::lanes;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t v = 0; v < whole; v += kLanes) {
+    const auto hi = load_raw<VecC<T>>(c[0] + v), scale = load_raw<VecC<T>>(c[1] + v),
+               shift = load_raw<VecC<T>>(c[2] + v);
+    for (int j = 0; j < kRows; ++j) store_compute(y[j] + v, normalise<T>(load_compute(x[j] + v), hi, scale, shift));
+  }
+  if (whole == n) return;
+  const int64_t rest = n - whole;
+  Scalar<T> coefficients[3][kLanes];
+  for (int i = 0; i < 3; ++i) padded<kLanes>(c[i] + whole, rest, Scalar<T>(), coefficients[i]);
+  T tail[kLanes];
+  for (int j = 0; j < kRows; ++j) {
+    padded<kLanes>(x[j] + whole, rest, T(), tail);
+    store_compute(tail, normalise<T>(load_compute(tail), load_raw<VecC<T>>(coefficients[0]),
+                                     load_raw<VecC<T>>(coefficients[1]), load_raw<VecC<T>>(coefficients[2])));
+    std::copy(tail, tail + rest, y[j] + whole);
+  }
+}
+
+template <class T>
+inline void normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficients<T>& c, int64_t channel) {
+  constexpr int kLanes = Compute<T>::lanes;
+  const auto hi = broadcast<VecC<T>>(c.row(0)[channel]), scale = broadcast<VecC<T>>(c.row(1)[channel]),
+             shift = broadcast<VecC<T>>(c.row(2)[channel]);
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    store_compute(y + i, normalise<T>(load_compute(x + i), hi, scale, shift));
+  }
+  if (whole == n) return;
+  T tail[kLanes];
+  padded<kLanes>(x + whole, n - whole, T(), tail);
+  store_compute(tail, normalise<T>(load_compute(tail), hi, scale, shift));
+  std::copy(tail, tail + (n - whole), y + whole);
+}
+
+// The write side of the lead operand: always dense, so always in place.
+template <class T>
+inline T* lead_row(const Geometry& g, T* base, int64_t r, int64_t v0) {
+  return base + g.row_offset(0, r) + v0;
+}
+template <class T>
+inline T* lead_run(const Geometry& g, T* base, int64_t o, int64_t c, int64_t i0) {
+  return base + o * g.strides[0].outer + c * g.strides[0].channel + i0;
+}
+
+// Tasks are taken from the last to the first: the end of x is what the statistics pass left in cache.
+template <class T>
+inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
+                              const Parallel& par) {
+  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
+    alignas(64) Scalar<T> expanded[3 * kBlockColumns];
+    T buffer[kWriteRows * kBlockColumns];
+    const Scalar<T>* c[3];
+    for (int64_t task = end - 1; task >= begin; --task) {
+      const ColumnTask t = column_task(g, task);
+      coefficients.expand(g, t.v0, t.n, expanded, c);
+      int64_t r = t.r0;
+      for_row_groups<kWriteRows>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, const T* const* rows) {
+        constexpr int kRows = decltype(count)::value;
+        T* out[kRows];
+        for (int j = 0; j < kRows; ++j) out[j] = lead_row(g, y, r + j, t.v0);
+        normalise_rows<T, kRows>(rows, out, t.n, c);
+        r += kRows;
+      });
+    }
+  });
+}
+
+// Calls body(o, c, i0, n) for the runs of one (outer, channel) plane after the other, last to first, in pieces that a
+// gather buffer holds where some operand is not contiguous.
+template <class Body>
+inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, const Parallel& par, const Body& body) {
+  const int64_t channels = c1 - c0, pieces = g.run_pieces();
+  const int64_t step = direct ? g.run_length() : kGather;
+  parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = end - 1; task >= begin; --task) {
+      const int64_t plane = task / pieces, i0 = task % pieces * g.run_length();
+      const int64_t i1 = std::min(i0 + g.run_length(), g.inner);
+      for (int64_t i = i0; i < i1; i += step) body(plane / channels, c0 + plane % channels, i, std::min(step, i1 - i));
+    }
+  });
+}
+
+template <class T>
+inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
+                             int64_t c0, int64_t c1, const Parallel& par) {
+  for_planes(g, c0, c1, x.direct(), par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+    T buffer[kGather];
+    normalise_run(x.run(o, c, i0, n, buffer), lead_run(g, y, o, c, i0), n, coefficients, c);
+  });
+}

@@ -1,0 +1,153 @@
+// Everything that a level's body needs from outside, included before its instruction set is switched on, so that no
+// inline function of a system header is ever compiled for an instruction set that the machine may lack.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define BN_EXT_X86 1
+#endif
+
+#include "formulas.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace bn_ext {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+namespace cpu {
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline double to_double(float value) { return value; }
+inline double to_double(double value) { return value; }
+inline double to_double(bfloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
+inline double to_double(float16 value) {
+  // Exponent and mantissa moved into place, then scaled by 2^112 to correct the bias; exact for subnormals too.
+  const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+  const bool special = magnitude >= 0x0f800000;
+  const float scaled = special ? from_bits(magnitude | 0x7f800000) : from_bits(magnitude) * 0x1p112f;
+  return from_bits(bits_of(scaled) | uint32_t(value.bits & 0x8000) << 16);
+}
+
+inline bfloat16 float_to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float16 float_to_float16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                                   // subnormal: the adder rounds at 2^-24
+    return {uint16_t(sign | (bits_of(from_bits(magnitude) + 0.5f) - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
+template <class T>
+inline T from_double(double value);
+template <>
+inline float from_double<float>(double value) {
+  return static_cast<float>(value);
+}
+template <>
+inline double from_double<double>(double value) {
+  return value;
+}
+template <>
+inline bfloat16 from_double<bfloat16>(double value) {
+  return float_to_bfloat16(static_cast<float>(value));
+}
+template <>
+inline float16 from_double<float16>(double value) {
+  return float_to_float16(static_cast<float>(value));
+}
+
+// Element i of a per-channel vector, whatever its type.
+inline double load_element(const VectorRef& v, int64_t i) {
+  const int64_t at = i * v.stride;
+  switch (v.dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(v.data)[at];
+    case DType::kBFloat16:
+      return to_double(static_cast<const bfloat16*>(v.data)[at]);
+    case DType::kFloat16:
+      return to_double(static_cast<const float16*>(v.data)[at]);
+    default:
+      return static_cast<const float*>(v.data)[at];
+  }
+}
+inline double load_element(const VectorRef& v, int64_t i, double absent) { return v ? load_element(v, i) : absent; }
+
+inline void store_element(const VectorRef& v, int64_t i, double value) {
+  const int64_t at = i * v.stride;
+  switch (v.dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(v.data)[at] = value;
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(v.data)[at] = from_double<bfloat16>(value);
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(v.data)[at] = from_double<float16>(value);
+      break;
+    default:
+      static_cast<float*>(v.data)[at] = static_cast<float>(value);
+  }
+}
+
+// Uninitialised memory for a call's intermediate results, aligned for any vector.
+class Scratch {
+ public:
+  explicit Scratch(int64_t doubles) : memory_(new double[doubles + 8]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<double*>((address + 63) & ~uintptr_t(63));
+  }
+  double* data() const { return data_; }
+
+ private:
+  std::unique_ptr<double[]> memory_;
+  double* data_;
+};
+
+constexpr int64_t kParallelElements = 32768;  // less work than this a thread does not repay waking it
+
+// body(begin, end) over [0, tasks), each task about `elements` elements of a tensor.
+template <class Body>
+inline void parallel_for(const Parallel& parallel, int64_t tasks, int64_t elements, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements));
+  if (tasks <= grain || parallel.threads == 1) {
+    if (tasks > 0) body(0, tasks);
+    return;
+  }
+  parallel.run(
+      tasks, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace cpu
+}  // namespace bn_ext

@@ -1,0 +1,194 @@
+// Moments of a chunk: sums shifted by the chunk's first value and accumulated in double, then (count, mean, M2).
+// Included inside the level's namespace.
+
+// Partial results of every chunk: [chunk][3][channels] doubles, the rows being mean_hi, mean_lo, m2.
+struct Partials {
+  double* data;
+  int64_t channels;
+  double* row(int64_t chunk, int which) const { return data + (chunk * 3 + which) * channels; }
+  void store(int64_t chunk, int64_t c, const Moments<double>& m) const {
+    row(chunk, 0)[c] = m.mean_hi;
+    row(chunk, 1)[c] = m.mean_lo;
+    row(chunk, 2)[c] = m.m2;
+  }
+};
+
+template <class T>
+inline double finite_or_zero(T value) {
+  const double d = to_double(value);
+  return is_finite(d) ? d : 0.0;
+}
+
+// Accumulates `kRows` rows of n columns into s1, s2 (padded to whole vectors).
+template <class T, int kRows>
+inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift, double* s1, double* s2) {
+  const int64_t whole = n / kLanesD * kLanesD;
+  T tail[kLanesD];
+  for (int64_t v = 0; v < n; v += kLanesD) {
+    const VecD k = load_raw<VecD>(shift + v);
+    VecD a = load_raw<VecD>(s1 + v), b = load_raw<VecD>(s2 + v);
+    for (int j = 0; j < kRows; ++j) {
+      const T* p = v < whole ? rows[j] + v : padded<kLanesD>(rows[j] + v, n - v, T(), tail);
+      const VecD d = load_double(p) - k;
+      a += d;
+      b += d * d;
+    }
+    store_raw(s1 + v, a);
+    store_raw(s2 + v, b);
+  }
+}
+
+// Columns [v0, v0 + n) of rows [r0, r1): moments of their channels into `partials`.
+template <class T>
+inline void columns_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t r0, int64_t r1, int64_t v0,
+                          int64_t n, const Partials& partials) {
+  alignas(64) double shift[kBlockColumns], s1[kBlockColumns], s2[kBlockColumns];
+  T buffer[kRowGroup * kBlockColumns];
+  const int64_t fast = g.fast();
+  const T* first = x.row(r0, v0, n, buffer);
+  // Columns of one channel share one shift, so that their sums simply add.
+  for (int64_t v = 0; v < n; ++v) {
+    const int64_t lead = g.by_span ? v - v % fast : v % fast;
+    shift[v] = lead == v ? finite_or_zero(first[v]) : shift[lead];
+  }
+  const int64_t padded_n = (n + kLanesD - 1) / kLanesD * kLanesD;
+  for (int64_t v = n; v < padded_n; ++v) shift[v] = 0;
+  std::fill(s1, s1 + padded_n, 0.0);
+  std::fill(s2, s2 + padded_n, 0.0);
+  for_row_groups<kRowGroup>(x, r0, r1, v0, n, buffer, [&](auto count, const T* const* rows) {
+    accumulate_rows<T, decltype(count)::value>(rows, n, shift, s1, s2);
+  });
+  const int64_t groups = (n + fast - 1) / fast;
+  const double count = static_cast<double>(r1 - r0) * (g.by_span ? fast : groups);
+  if (g.by_span) {
+    for (int64_t q = 0; q < groups; ++q) {
+      const int64_t v = q * fast;
+      double a = s1[v], b = s2[v];
+      for (int64_t j = 1; j < fast; ++j) a += s1[v + j], b += s2[v + j];
+      partials.store(chunk, (v0 + v) / fast, from_shifted_sums(count, shift[v], a, b));
+    }
+    return;
+  }
+  const int64_t channels = std::min(n, fast);
+  for (int64_t q = 1; q < groups; ++q) {
+    for (int64_t c = 0; c < channels; ++c) s1[c] += s1[q * fast + c], s2[c] += s2[q * fast + c];
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    partials.store(chunk, v0 + c, from_shifted_sums(count, shift[c], s1[c], s2[c]));
+  }
+}
+
+// Sums of one run; four independent accumulators hide the adder's latency.
+struct RunSums {
+  VecD s1[4] = {}, s2[4] = {};
+};
+
+template <class T>
+inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums* sums) {
+  int64_t i = 0;
+  for (; i + 4 * kLanesD <= n; i += 4 * kLanesD) {
+    for (int u = 0; u < 4; ++u) {
+      const VecD d = load_double(p + i + u * kLanesD) - k;
+      sums->s1[u] += d;
+      sums->s2[u] += d * d;
+    }
+  }
+  T tail[kLanesD];
+  for (int u = 0; i < n; i += kLanesD, ++u) {
+    const VecD d = load_double(i + kLanesD <= n ? p + i : padded<kLanesD>(p + i, n - i, fill, tail)) - k;
+    sums->s1[u] += d;
+    sums->s2[u] += d * d;
+  }
+}
+
+struct PlaneChunk {
+  int64_t o0, o1, i0, n;
+  double count() const { return static_cast<double>((o1 - o0) * n); }
+};
+inline PlaneChunk plane_chunk(const Geometry& g, int64_t chunk) {
+  const int64_t pieces = g.run_pieces(), o = chunk / pieces * g.chunk_outer(), i = chunk % pieces * g.run_length();
+  return {o, std::min(o + g.chunk_outer(), g.outer), i, std::min(g.run_length(), g.inner - i)};
+}
+
+// Chunk of one channel in the planes layout.
+template <class T>
+inline void planes_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c, const Partials& partials) {
+  const PlaneChunk p = plane_chunk(g, chunk);
+  T buffer[kGather];
+  // The shift also fills the last vector's unused lanes, where it must give a difference of exactly zero.
+  const T first = *x.run(p.o0, c, p.i0, 1, buffer);
+  const bool finite = is_finite(to_double(first));
+  const T fill = finite ? first : T();
+  const double shift = finite ? to_double(first) : 0.0;
+  const VecD k = broadcast<VecD>(shift);
+  RunSums sums;
+  const int64_t step = x.direct() ? p.n : kGather;
+  for (int64_t o = p.o0; o < p.o1; ++o) {
+    for (int64_t i = 0; i < p.n; i += step) {
+      const int64_t n = std::min(step, p.n - i);
+      accumulate_run(x.run(o, c, p.i0 + i, n, buffer), n, fill, k, &sums);
+    }
+  }
+  const double s1 = sum_lanes((sums.s1[0] + sums.s1[1]) + (sums.s1[2] + sums.s1[3]));
+  const double s2 = sum_lanes((sums.s2[0] + sums.s2[1]) + (sums.s2[2] + sums.s2[3]));
+  partials.store(chunk, c, from_shifted_sums(p.count(), shift, s1, s2));
+}
+
+// Values a channel has in a chunk.
+inline double chunk_count(const Geometry& g, int64_t chunk) {
+  if (!g.columns) return plane_chunk(g, chunk).count();
+  if (chunk == g.row_chunks()) return static_cast<double>(g.tail_cols / g.channels);
+  const int64_t rows = std::min(g.chunk_rows(), g.rows - chunk * g.chunk_rows());
+  return static_cast<double>(rows * (g.by_span ? g.inner : g.fold));
+}
+
+// Rows and columns of a task of the columns layout; tasks run along memory.
+struct ColumnTask {
+  int64_t chunk, r0, r1, v0, n;
+};
+inline ColumnTask column_task(const Geometry& g, int64_t task) {
+  const int64_t blocks = g.col_blocks(), chunk = task / blocks, v0 = task % blocks * g.block_cols();
+  if (chunk == g.row_chunks()) return {chunk, g.rows, g.rows + 1, 0, g.tail_cols};
+  const int64_t r0 = chunk * g.chunk_rows();
+  return {chunk, r0, std::min(r0 + g.chunk_rows(), g.rows), v0, std::min(g.block_cols(), g.cols - v0)};
+}
+inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + (g.tail_cols > 0); }
+
+template <class T>
+inline void statistics_columns(const Geometry& g, const Reader<T>& x, const Partials& partials, const Parallel& par) {
+  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const ColumnTask t = column_task(g, task);
+      columns_chunk(g, x, t.chunk, t.r0, t.r1, t.v0, t.n, partials);
+    }
+  });
+}
+
+// All chunks of channels [c0, c1).
+template <class T>
+inline void statistics_planes(const Geometry& g, const Reader<T>& x, const Partials& partials, int64_t c0, int64_t c1,
+                              const Parallel& par) {
+  const int64_t chunks = g.chunks();
+  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) planes_chunk(g, x, task % chunks, c0 + task / chunks, partials);
+  });
+}
+
+// Merges the chunks of channels [c0, c1) in their order.
+inline void merge_chunks(const Geometry& g, const Partials& partials, int64_t c0, int64_t c1) {
+  double* hi = partials.row(0, 0);
+  double* lo = partials.row(0, 1);
+  double* m2 = partials.row(0, 2);
+  double count = chunk_count(g, 0);
+  for (int64_t chunk = 1; chunk < g.chunks(); ++chunk) {
+    const double more = chunk_count(g, chunk);
+    const double *hi_b = partials.row(chunk, 0), *lo_b = partials.row(chunk, 1), *m2_b = partials.row(chunk, 2);
+    for (int64_t c = c0; c < c1; ++c) {
+      const Moments<double> m = merge<double>({count, hi[c], lo[c], m2[c]}, {more, hi_b[c], lo_b[c], m2_b[c]});
+      hi[c] = m.mean_hi;
+      lo[c] = m.mean_lo;
+      m2[c] = m.m2;
+    }
+    count += more;
+  }
+}

@@ -1,0 +1,66 @@
+// Per-channel coefficients of normalise and backward, each formula written once for CPU and CUDA.
+//
+// Forward   y  = (x - mean_hi) * scale + shift          scale = invstd * weight, shift = bias - mean_lo * scale
+// Backward  dx = (dy - dy_hi) * scale - (x - mean_hi) * slope + offset        (training: batch statistics)
+//           dx = dy * scale                                                   (evaluation: fixed statistics)
+// with  invstd = 1 / sqrt(var + eps),  dy_hi + dy_lo = mean(dy),  k = mean(dy * (x - mean)) * invstd^2,
+//       slope = k * scale,  offset = (mean_lo * k - dy_lo) * scale.
+// It is Ioffe & Szegedy 2015's gradient with mean and mean(dy) carried as hi + lo: the low words cost nothing per
+// element.
+#pragma once
+
+#include "welford.h"
+
+namespace bn_ext {
+
+template <typename A>
+struct Normalise {
+  A mean_hi, scale, shift;
+};
+
+template <typename A>
+struct Gradient {
+  A mean_hi, dy_hi, scale, slope, offset;
+};
+
+// hi + lo of type A nearest to the double-double (hi + lo).
+template <typename A, typename W>
+BN_HD void split(W value_hi, W value_lo, A* hi, A* lo) {
+  *hi = static_cast<A>(value_hi);
+  const W rest = value_hi - static_cast<W>(*hi);
+  *lo = is_finite(rest) ? static_cast<A>(rest + value_lo) : A(0);
+}
+
+// W is the wide type (double on the CPU), A the type that the element-wise pass computes in.
+template <typename A, typename W>
+BN_HD Normalise<A> normalise_coefficients(A mean_hi, A mean_lo, W invstd, W weight, W bias) {
+  Normalise<A> r;
+  const W scale = invstd * weight;
+  r.mean_hi = mean_hi;
+  r.scale = static_cast<A>(scale);
+  r.shift = static_cast<A>(bias - static_cast<W>(mean_lo) * scale);
+  return r;
+}
+
+// sum_dy = sum(dy), dot = sum(dy * (x - mean)) over `count` values of the channel.
+template <typename A, typename W>
+BN_HD Gradient<A> gradient_coefficients(A mean_hi, A mean_lo, W invstd, W weight, W sum_dy, W dot, W count) {
+  Gradient<A> r;
+  const W scale = invstd * weight;
+  const W k = dot / count * invstd * invstd;
+  A dy_lo;
+  split<A, W>(sum_dy / count, W(0), &r.dy_hi, &dy_lo);
+  r.mean_hi = mean_hi;
+  r.scale = static_cast<A>(scale);
+  r.slope = static_cast<A>(k * scale);
+  r.offset = static_cast<A>((static_cast<W>(mean_lo) * k - static_cast<W>(dy_lo)) * scale);
+  return r;
+}
+
+// running = (1 - momentum) * running + momentum * batch, as nn.BatchNorm1d defines momentum.
+template <typename W>
+BN_HD W running_update(W running, W batch, W momentum) {
+  return (W(1) - momentum) * running + momentum * batch;
+}
+
+}  // namespace bn_ext

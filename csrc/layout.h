@@ -1,0 +1,124 @@
+// How a tensor of any strides is walked: as "columns" (contiguous rows, channels vary along a row) or as "planes"
+// (contiguous runs that belong to one channel). Both kinds reduce over rows or runs; no tensor is ever copied whole.
+//
+//   columns  rows x cols, channel of column v:
+//              by channel  v % channels   (N,C), permuted (N,L,C); `fold` rows are joined when C is small
+//              by span     v / span       contiguous (N,C,L) with a short L
+//   planes   outer x channels x inner, inner contiguous: (N,C,L), transposed (N,C), (C,N,L)
+//
+// The kind follows the lead operand (the output, which is dense); the others may have any strides and are gathered row
+// by row into a small buffer where they do not match.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace bn_ext {
+
+struct Strides {
+  int64_t outer = 0, channel = 0, inner = 0;
+};
+
+constexpr int kMaxOperands = 3;
+constexpr int64_t kFoldColumns = 64;    // fewer columns than this are joined across rows
+constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
+constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
+constexpr int64_t kChunkElements = 65536;
+constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 4096;
+constexpr int64_t kRunElements = 16384;  // elements of one channel that make a chunk of planes
+
+struct Geometry {
+  bool columns = false;
+  bool by_span = false;
+  int64_t outer = 1, channels = 0, inner = 1;  // reduction = outer x inner, collapsed where all operands allow it
+  int64_t fold = 1;                            // rows joined into one row of columns
+  int64_t rows = 0, cols = 0, tail_cols = 0;   // columns; tail_cols: the joined rows left over
+  Strides strides[kMaxOperands];
+
+  // Size of the counter that runs fastest along a row of columns.
+  int64_t fast() const { return by_span ? inner : channels; }
+  int64_t fast_stride(int k) const { return by_span ? strides[k].inner : strides[k].channel; }
+  int64_t slow_stride(int k) const { return by_span ? strides[k].channel : strides[k].inner; }
+
+  // Offset of column 0 of row r.
+  int64_t row_offset(int k, int64_t r) const {
+    if (by_span) return r * strides[k].outer;
+    if (outer == 1) return r * fold * strides[k].inner;
+    return (r / inner) * strides[k].outer + (r % inner) * strides[k].inner;
+  }
+  // Rows of this operand lie in memory just as the columns run.
+  bool direct(int k) const {
+    if (!columns) return strides[k].inner == 1 || inner == 1;
+    const bool one_group = cols <= fast();
+    return fast_stride(k) == 1 && (one_group || slow_stride(k) == fast());
+  }
+
+  // Chunk grid: a function of the shape and strides alone, so results do not depend on the number of threads.
+  int64_t block_cols() const {
+    if (!by_span) return cols < kBlockColumns ? cols : kBlockColumns;
+    const int64_t whole = kBlockColumns / inner * inner;
+    return cols < whole ? cols : whole;
+  }
+  int64_t col_blocks() const { return cols == 0 ? 1 : (cols + block_cols() - 1) / block_cols(); }
+  int64_t chunk_rows() const {
+    const int64_t want = kChunkElements / (block_cols() ? block_cols() : 1);
+    return want < kMinChunkRows ? kMinChunkRows : want > kMaxChunkRows ? kMaxChunkRows : want;
+  }
+  int64_t row_chunks() const { return (rows + chunk_rows() - 1) / chunk_rows(); }
+  int64_t run_length() const { return inner < kRunElements ? inner : kRunElements; }
+  int64_t run_pieces() const { return (inner + run_length() - 1) / run_length(); }
+  int64_t chunk_outer() const { return kRunElements / run_length(); }
+  int64_t outer_chunks() const { return (outer + chunk_outer() - 1) / chunk_outer(); }
+  int64_t chunks() const { return columns ? row_chunks() + (tail_cols > 0) : outer_chunks() * run_pieces(); }
+};
+
+inline Strides strides_of(const TensorRef& t) { return Strides{t.stride_n, t.stride_c, t.stride_l}; }
+
+// operands[0] is the lead. Sizes are at least 1.
+inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int count) {
+  Geometry g;
+  g.outer = shape.n;
+  g.channels = shape.c;
+  g.inner = shape.l;
+  for (int k = 0; k < count; ++k) g.strides[k] = strides_of(operands[k]);
+  // The reduced dimension with the smaller step runs inside; a dimension of size 1 goes outside.
+  const bool swap = g.inner == 1 || (g.outer > 1 && g.strides[0].outer < g.strides[0].inner);
+  if (swap) {
+    const int64_t outer = g.outer;
+    g.outer = g.inner;
+    g.inner = outer;
+    for (int k = 0; k < count; ++k) {
+      const int64_t stride = g.strides[k].outer;
+      g.strides[k].outer = g.strides[k].inner;
+      g.strides[k].inner = stride;
+    }
+  }
+  bool collapse = true;
+  for (int k = 0; k < count; ++k) collapse = collapse && g.strides[k].outer == g.inner * g.strides[k].inner;
+  if (collapse && g.outer > 1) {
+    g.inner *= g.outer;
+    g.outer = 1;
+  }
+  const Strides& lead = g.strides[0];
+  if (g.channels > 1 && lead.inner != 1 && lead.channel == 1) {
+    g.columns = true;
+    g.rows = g.outer * g.inner;
+    if (g.outer == 1) {
+      while ((g.fold * g.channels < kFoldColumns || g.fold * g.channels % 16 != 0) &&
+             g.fold * 2 * g.channels <= kBlockColumns) {
+        g.fold *= 2;
+      }
+      g.tail_cols = g.rows % g.fold * g.channels;
+      g.rows /= g.fold;
+    }
+    g.cols = g.fold * g.channels;
+  } else if (g.inner < kShortInner && g.outer > 1 && lead.inner == 1 && lead.channel == g.inner) {
+    g.columns = g.by_span = true;
+    g.rows = g.outer;
+    g.cols = g.channels * g.inner;
+  }
+  return g;
+}
+
+}  // namespace bn_ext
