@@ -1,0 +1,108 @@
+// CPU kernels of the operators: level of instruction set, threads, huge pages.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/huge_pages.h"
+#include "glue.h"
+
+namespace bn_ext {
+namespace cpu {
+namespace {
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// torch's own choice, which honours ATEN_CPU_CAPABILITY, so that both run at one level and tests can force it.
+Level choose_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  const std::string capability = at::get_cpu_capability();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && kernels_avx512() && capability.rfind("AVX512", 0) == 0) return {"avx512", kernels_avx512()};
+  if (avx2 && kernels_avx2() && capability.rfind("AVX", 0) == 0) return {"avx2", kernels_avx2()};
+#endif
+  return {"default", kernels_default()};
+}
+
+const Level& level() {
+  static const Level chosen = choose_level();
+  return chosen;
+}
+
+Parallel parallel() {
+  Parallel p;
+  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  p.run = [](int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return p;
+}
+
+void advise(const Tensor& t) { advise_huge_pages(t.mutable_data_ptr(), t.nbytes()); }
+
+std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                              const OptionalTensor& running_var,
+                                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                                              double eps) {
+  const ForwardCall call =
+      prepare_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
+  if (!call.empty) {
+    advise(call.output);
+    level().kernels->forward(call.args, parallel());
+  } else if (call.args.num_batches_tracked) {
+    ++*call.args.num_batches_tracked;  // an empty batch counts, as in nn.BatchNorm1d
+  }
+  return {call.output, call.saved};
+}
+
+Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const Tensor& running_mean, const Tensor& running_var, double eps) {
+  const InferenceCall call = prepare_inference(input, weight, bias, running_mean, running_var, eps);
+  if (!call.empty) {
+    advise(call.output);
+    level().kernels->inference(call.args, parallel());
+  }
+  return call.output;
+}
+
+Gradients run_backward(const BackwardCall& call) {
+  if (!call.empty) {
+    if (call.args.dx) advise(call.grad_input);
+    level().kernels->backward(call.args, parallel());
+  }
+  return call.gradients();
+}
+
+Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                              const Tensor& saved, std::array<bool, 3> output_mask) {
+  return run_backward(prepare_backward(grad_output, input, weight, saved, output_mask));
+}
+
+Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                        const Tensor& running_mean, const Tensor& running_var, double eps,
+                                        std::array<bool, 3> output_mask) {
+  return run_backward(
+      prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
+}
+
+TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
+  m.impl("batch_norm_forward", batch_norm_forward);
+  m.impl("batch_norm_inference", batch_norm_inference);
+  m.impl("batch_norm_backward", batch_norm_backward);
+  m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
+}
+
+}  // namespace
+}  // namespace cpu
+
+const char* isa_level() { return cpu::level().name; }
+
+}  // namespace bn_ext

@@ -1,0 +1,197 @@
+#include "glue.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/util/Exception.h>
+
+#include <charconv>
+#include <sstream>
+#include <string>
+
+namespace bn_ext {
+namespace {
+
+DType dtype_of(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', what, "\" not implemented for '", t.scalar_type(), "'");
+  }
+}
+
+at::TensorOptions statistics_options(const Tensor& input) {
+  return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+Shape shape_of(const Tensor& input) {
+  const int64_t dim = input.dim();
+  TORCH_CHECK_VALUE(dim == 2 || dim == 3, "expected 2D or 3D input (got ", dim, "D input)");
+  return {input.size(0), input.size(1), dim == 3 ? input.size(2) : 1};
+}
+
+TensorRef ref(const Tensor& t, void* data) { return {data, t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0}; }
+TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(t.const_data_ptr())); }
+TensorRef output_ref(const Tensor& t) { return ref(t, t.mutable_data_ptr()); }
+
+// A per-channel vector that an op reads, or reads and writes.
+VectorRef vector_ref(const OptionalTensor& given, const Tensor& input, const char* name, bool writes = false) {
+  if (!given.has_value() || !given->defined()) return {};
+  const Tensor& t = *given;
+  TORCH_CHECK(t.numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t.numel());
+  TORCH_CHECK(t.dim() == 1, name, " should have 1 dimension, but it has ", t.dim());
+  TORCH_CHECK(t.device() == input.device(), "Expected all tensors to be on the same device, but ", name, " is on ",
+              t.device(), " and input is on ", input.device());
+  return {writes ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype_of(t, "batch_norm"),
+          t.stride(0)};
+}
+
+// A float as Python prints it.
+std::string repr(double value) {
+  char text[32];
+  const auto end = std::to_chars(text, text + sizeof text, value, std::chars_format::general).ptr;
+  std::string s(text, end);
+  return s.find_first_of(".en") == std::string::npos ? s + ".0" : s;
+}
+
+std::string size_text(const Tensor& input) {
+  std::ostringstream s;
+  s << "torch.Size([";
+  for (int64_t i = 0; i < input.dim(); ++i) s << (i ? ", " : "") << input.size(i);
+  s << "])";
+  return s.str();
+}
+
+void check_eps(double eps, bool training) {
+  if (training) {
+    TORCH_CHECK_VALUE(!(eps <= 0), "batch_norm eps must be positive during training, but got ", repr(eps));
+  }
+  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", repr(eps));
+}
+
+// The checks and allocations that both backward operators share; a gradient that is not wanted has no elements.
+BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                               std::array<bool, 3> output_mask) {
+  BackwardCall call;
+  BackwardArgs& a = call.args;
+  a.shape = shape_of(input);
+  a.dtype = dtype_of(input, "batch_norm_backward");
+  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the size of input, ", input.sizes(),
+              ", but has ", grad_output.sizes());
+  TORCH_CHECK(grad_output.device() == input.device(),
+              "Expected all tensors to be on the same device, but grad_output is on ", grad_output.device(),
+              " and input is on ", input.device());
+  call.empty = input.numel() == 0;
+  const auto none = [&] { return at::empty({0}, statistics_options(input)); };
+  const auto parameter = [&](bool wanted) {
+    if (!wanted) return none();
+    const auto options = weight.has_value() && weight->defined() ? weight->options() : statistics_options(input);
+    return call.empty ? at::zeros({a.shape.c}, options) : at::empty({a.shape.c}, options);
+  };
+  call.grad_input = output_mask[0] ? at::empty_like(input) : none();
+  call.grad_weight = parameter(output_mask[1]);
+  call.grad_bias = parameter(output_mask[2]);
+  if (call.empty) return call;
+  a.weight = vector_ref(weight, input, "weight");
+  call.grad_output =
+      grad_output.scalar_type() == input.scalar_type() ? grad_output : grad_output.to(input.scalar_type());
+  a.dy = input_ref(call.grad_output);
+  a.x = input_ref(input);
+  if (output_mask[0]) a.dx = output_ref(call.grad_input);
+  if (output_mask[1]) a.grad_weight = vector_ref(call.grad_weight, input, "grad_weight", true);
+  if (output_mask[2]) a.grad_bias = vector_ref(call.grad_bias, input, "grad_bias", true);
+  return call;
+}
+
+}  // namespace
+
+ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+  ForwardCall call;
+  ForwardArgs& a = call.args;
+  a.shape = shape_of(input);
+  TORCH_CHECK_VALUE(a.shape.count() != 1, "Expected more than 1 value per channel when training, got input size ",
+                    size_text(input));
+  check_eps(eps, true);
+  call.empty = input.numel() == 0;
+  if (!call.empty) {
+    a.running_mean = vector_ref(running_mean, input, "running_mean", true);
+    a.running_var = vector_ref(running_var, input, "running_var", true);
+    a.weight = vector_ref(weight, input, "weight");
+    a.bias = vector_ref(bias, input, "bias");
+  }
+  a.dtype = dtype_of(input, "batch_norm");
+  if (num_batches_tracked.has_value() && num_batches_tracked->defined()) {
+    const Tensor& count = *num_batches_tracked;
+    TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == input.device(),
+                "num_batches_tracked should be one int64 on ", input.device(), ", but it is ", count.toString(),
+                " of size ", count.sizes());
+    a.num_batches_tracked = count.mutable_data_ptr<int64_t>();
+  }
+  a.cumulative = !momentum.has_value();
+  a.momentum = momentum.value_or(0.0);
+  a.eps = eps;
+  call.output = at::empty_like(input);
+  call.saved = call.empty ? at::zeros({3, a.shape.c}, statistics_options(input))
+                          : at::empty({3, a.shape.c}, statistics_options(input));
+  if (call.empty) return call;
+  a.x = input_ref(input);
+  a.y = output_ref(call.output);
+  a.saved = call.saved.mutable_data_ptr();
+  return call;
+}
+
+InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                const Tensor& running_mean, const Tensor& running_var, double eps) {
+  InferenceCall call;
+  InferenceArgs& a = call.args;
+  a.shape = shape_of(input);
+  check_eps(eps, false);
+  call.empty = input.numel() == 0;
+  if (!call.empty) {
+    a.running_mean = vector_ref(running_mean, input, "running_mean");
+    a.running_var = vector_ref(running_var, input, "running_var");
+    a.weight = vector_ref(weight, input, "weight");
+    a.bias = vector_ref(bias, input, "bias");
+  }
+  a.dtype = dtype_of(input, "batch_norm");
+  a.eps = eps;
+  call.output = at::empty_like(input);
+  if (call.empty) return call;
+  a.x = input_ref(input);
+  a.y = output_ref(call.output);
+  return call;
+}
+
+BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                              const Tensor& saved, std::array<bool, 3> output_mask) {
+  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
+  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == 3 && saved.size(1) == call.args.shape.c &&
+                  saved.scalar_type() == statistics_options(input).dtype() && saved.device() == input.device(),
+              "saved should be batch_norm_forward's contiguous (3, ", call.args.shape.c, ") tensor, but is ",
+              saved.toString(), " of size ", saved.sizes());
+  call.args.saved = saved.const_data_ptr();
+  return call;
+}
+
+BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                        const Tensor& running_mean, const Tensor& running_var, double eps,
+                                        std::array<bool, 3> output_mask) {
+  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
+  if (call.empty) return call;
+  call.args.running_mean = vector_ref(running_mean, input, "running_mean");
+  call.args.running_var = vector_ref(running_var, input, "running_var");
+  call.args.eps = eps;
+  return call;
+}
+
+}  // namespace bn_ext

@@ -1,0 +1,52 @@
+// Between tensors and the torch-free kernels: checks with native's error texts, allocation, raw views.
+// Every device's registration goes through these, so a check stands in one place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace bn_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// A checked call: raw arguments, and the tensors that they write. `empty`: there is no element to work on.
+struct ForwardCall {
+  ForwardArgs args;
+  Tensor output, saved;
+  bool empty = false;
+};
+struct InferenceCall {
+  InferenceArgs args;
+  Tensor output;
+  bool empty = false;
+};
+struct BackwardCall {
+  BackwardArgs args;
+  Tensor grad_output;  // keeps a converted gradient alive
+  Tensor grad_input, grad_weight, grad_bias;
+  bool empty = false;
+  Gradients gradients() const { return {grad_input, grad_weight, grad_bias}; }
+};
+
+ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps);
+
+InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                const Tensor& running_mean, const Tensor& running_var, double eps);
+
+BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                              const Tensor& saved, std::array<bool, 3> output_mask);
+
+BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                        const Tensor& running_mean, const Tensor& running_var, double eps,
+                                        std::array<bool, 3> output_mask);
+
+}  // namespace bn_ext

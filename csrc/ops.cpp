@@ -1,0 +1,18 @@
+// The operators' schemas. Devices register their kernels beside theirs: cpu/cpu_ops.cpp, cuda/.
+#include <torch/library.h>
+
+// Optional inputs are fine with every tracer, optional outputs are not: what output_mask leaves out has no elements.
+TORCH_LIBRARY(bn_ext, m) {
+  m.def(
+      "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps) -> Tensor");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_inference_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
+      "Tensor running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
