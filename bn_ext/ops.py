@@ -1,0 +1,79 @@
+"""Handles of the compiled operators, bound once, and their fake kernels (shapes, dtypes and strides, no data).
+
+input is (N, C) or (N, C, L); statistics are float64 for float64 input and float32 for every other type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+batch_norm_forward = torch.ops.bn_ext.batch_norm_forward.default
+batch_norm_inference = torch.ops.bn_ext.batch_norm_inference.default
+batch_norm_backward = torch.ops.bn_ext.batch_norm_backward.default
+batch_norm_inference_backward = torch.ops.bn_ext.batch_norm_inference_backward.default
+
+
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype in which statistics of input are computed and saved."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("bn_ext::batch_norm_forward")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input), input.new_empty((3, input.shape[1]), dtype=statistics_dtype(input))
+
+
+@torch.library.register_fake("bn_ext::batch_norm_inference")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _fake_gradients(input: Tensor, weight: Tensor | None, output_mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = statistics_dtype(input)
+    parameter = statistics if weight is None else weight.dtype
+    none = input.new_empty((0,), dtype=statistics)
+    grad_input = torch.empty_like(input) if output_mask[0] else none
+    grad_weight, grad_bias = (
+        input.new_empty((input.shape[1],), dtype=parameter) if wanted else torch.empty_like(none)
+        for wanted in output_mask[1:]
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+@torch.library.register_fake("bn_ext::batch_norm_backward")
+def _(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, saved: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(input, weight, output_mask)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_inference_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(input, weight, output_mask)
