@@ -1,0 +1,221 @@
+"""Time bn_ext against nn.BatchNorm1d, torch.compile(nn.BatchNorm1d) and a plain copy of the same size.
+
+    python bench/bench_batchnorm.py --quick
+    python bench/bench_batchnorm.py --json results.jsonl --plot results.png
+    python bench/bench_batchnorm.py --filter "65536x*" --filter float32 --modes eval
+
+bench/README.md says how to read what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import report
+from contenders import Bench, Disagreement, check_agreement
+from environment import facts
+from grid import CONTENDERS, FULL, MODES, QUICK, Point, least_bytes, select
+from timing import Clock, Plan, Times, cpu_clock, race
+from timing_cuda import cuda_clock, input_sets
+
+QUICK_PLAN = Plan(block=0.002, budget=0.6, min_rounds=5, max_rounds=80)
+FULL_PLAN = Plan(block=0.005, budget=3.0, min_rounds=15)
+# Of the minute that --quick may take, a part stays for the imports, the tables and a busy machine.
+QUICK_SECONDS = 40.0
+# The least rounds that a median can be taken of, for a machine on which that time is over before the points are.
+LATE_ROUNDS = 3
+
+
+class Runner:
+    """Measures the points of one run; remembers whether torch.compile works here."""
+
+    def __init__(self, args: argparse.Namespace, log: Console) -> None:
+        self.device: torch.device = args.device
+        self.points: list[Point] = args.points
+        self.modes, self.log = args.modes, log
+        self.contenders = [name for name in CONTENDERS if name != "compile" or not (args.quick or args.no_compile)]
+        self.plan = QUICK_PLAN if args.quick else FULL_PLAN
+        self.deadline = time.perf_counter() + QUICK_SECONDS if args.quick else None
+        cuda = self.device.type == "cuda"
+        self.clock: Clock = cuda_clock(self.device) if cuda else cpu_clock
+        self.shared = facts(self.device)
+        load = self.shared["load_average"]
+        if isinstance(load, float) and load > 0.5:
+            log.print(f"the machine was busy before the start (load average {load:.1f}): expect noise")
+
+    def measure(self) -> Iterator[list[report.Record]]:
+        """The measurements of one point in one mode after the other, under a progress bar."""
+        left = len(self.points) * len(self.modes)
+        columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.log, transient=True) as progress:
+            task = progress.add_task("starting", total=left)
+            for point in self.points:
+                progress.update(task, description=f"{point}: checking")
+                check_agreement(point, self.device)
+                for mode in self.modes:
+                    progress.update(task, description=f"{point}: {mode}")
+                    yield self.measure_one(point, mode, self.plan_for(left))
+                    progress.advance(task)
+                    left -= 1
+
+    def plan_for(self, left: int) -> Plan:
+        """The plan of the next measurement, shortened so that the ``left`` measurements end in time."""
+        if self.deadline is None:
+            return self.plan
+        share = (self.deadline - time.perf_counter()) / left
+        if share <= 0:
+            return replace(self.plan, budget=0.0, min_rounds=LATE_ROUNDS)
+        return replace(self.plan, budget=min(self.plan.budget, share))
+
+    def measure_one(self, point: Point, mode: str, plan: Plan) -> list[report.Record]:
+        sets = input_sets(point.bytes, self.device) if self.device.type == "cuda" else 1
+        started = time.perf_counter()
+        bench = Bench(point, mode, self.device, sets)
+        steps = {name: bench.step(name) for name in self.contenders if name != "compile"}
+        with bench.grad_mode():
+            if "compile" in self.contenders:
+                try:
+                    steps["compile"] = bench.step("compile")
+                    steps["compile"]()
+                except Exception as error:  # whatever the compiler stack raises, the other contenders are still timed
+                    steps.pop("compile", None)
+                    self.contenders.remove("compile")
+                    reason = str(error).strip().splitlines() or [type(error).__name__]
+                    self.log.print(f"torch.compile does not work here and is left out: {reason[0]}", markup=False)
+            # In a hurry the time that the set-up took comes off the time to measure.
+            spent = time.perf_counter() - started if self.deadline is not None else 0.0
+            times = race(steps, self.clock, replace(plan, budget=plan.budget - spent))
+        return records(point, mode, times, self.shared)
+
+
+def records(point: Point, mode: str, times: dict[str, Times], shared: dict[str, object]) -> list[report.Record]:
+    """The lines of the result file for one point in one mode."""
+    copy_gbps = least_bytes(point, mode, "copy") / times["copy"].median / 1e9 if "copy" in times else None
+    found: list[report.Record] = []
+    for contender, seconds in times.items():
+        moved = least_bytes(point, mode, contender)
+        gbps = moved / seconds.median / 1e9
+        speedup = times["nn"].median / seconds.median if "nn" in times and contender != "copy" else None
+        found.append(
+            {
+                **shared,
+                "dtype": point.dtype,
+                "shape": list(point.shape),
+                "layout": point.layout,
+                "mode": mode,
+                "contender": contender,
+                "median_us": seconds.median * 1e6,
+                "p20_us": seconds.p20 * 1e6,
+                "p80_us": seconds.p80 * 1e6,
+                "rounds": seconds.rounds,
+                "bytes": moved,
+                "gbps": gbps,
+                "limit_fraction": gbps / copy_gbps if copy_gbps else None,
+                "speedup": speedup,
+            }
+        )
+    return found
+
+
+def device(name: str) -> torch.device:
+    """A device by name; raises ValueError for a name that torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(name) from error
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time bn_ext against nn.BatchNorm1d, torch.compile and a copy.")
+    parser.add_argument("--quick", action="store_true", help="within a minute: fewer points, short rounds, no compile")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a line and measurement")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: bandwidth and speed-ups")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and bn_ext (default: torch's own)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help='only matching points, by shape, dtype or layout: "65536x*", "float32", "32x64,128x256"; may be repeated',
+    )
+    parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it compiles for minutes")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: tables and plot of a result file")
+    args = parser.parse_args(argv)
+    args.modes = args.modes.split(",")
+    unknown = sorted(set(args.modes) - set(MODES))
+    if unknown:
+        parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(MODES)}")
+    args.points = select(QUICK if args.quick else FULL, args.filter)
+    if not args.points:
+        parser.error(f"no point of the grid matches --filter {' '.join(args.filter)}")
+    if args.threads is not None and args.threads < 1:
+        parser.error("--threads must be at least 1")
+    if args.device.type == "cuda" and not args.load and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA device here")
+    return args
+
+
+def run(args: argparse.Namespace, log: Console) -> list[report.Record]:
+    """Measure all that was asked for; every line goes to the result file as soon as it is there."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    runner = Runner(args, log)
+    found: list[report.Record] = []
+    stream: IO[str] | None = None
+    try:
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            stream = args.json.open("w", encoding="utf-8")
+        for part in runner.measure():
+            found += part
+            if stream:
+                stream.writelines(json.dumps(record) + "\n" for record in part)
+                stream.flush()
+    except KeyboardInterrupt:
+        log.print("interrupted; what was measured so far:")
+    finally:
+        if stream:
+            stream.close()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    # A pipe has no width of its own; the tables need a little more than rich assumes there.
+    out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
+    try:
+        if args.load:
+            found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
+        else:
+            found = run(args, log)
+    except Disagreement as error:
+        log.print(f"error: {error}", markup=False)
+        return 1
+    report.show(found, out)
+    if args.plot and found:
+        import plot
+
+        plot.draw(found, args.plot)
+        out.print(f"plot: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The things that are timed: each contender at one point, in one mode, as a function of no arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import bn_ext
+from grid import Point
+
+Step = Callable[[], None]
+
+
+class Disagreement(Exception):
+    """bn_ext and nn.BatchNorm1d computed different things, so that timing them would say nothing."""
+
+
+def make_module(contender: str, point: Point, device: torch.device) -> nn.Module:
+    """A fresh batch norm for ``point``: float64 parameters for float64 tensors, else float32, as under autocast."""
+    dtype = torch.float64 if point.torch_dtype == torch.float64 else torch.float32
+    kind = bn_ext.FusedBatchNorm1d if contender == "bn_ext" else nn.BatchNorm1d
+    return kind(point.shape[1], device=device, dtype=dtype)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """torch.compile for exactly this shape, with nothing left over from the shapes before."""
+    torch._dynamo.reset()
+    compiled_module: nn.Module = torch.compile(module, dynamic=False)
+    return compiled_module
+
+
+class Bench:
+    """One point in one mode: the inputs that its contenders share, and the step of each contender.
+
+    On CUDA several input sets are used in turn so that none is still in the L2 cache when its turn comes again. Results
+    are dropped at the end of each step and allocated afresh in the next, as in a training loop.
+    """
+
+    def __init__(self, point: Point, mode: str, device: torch.device, sets: int = 1) -> None:
+        self.point, self.mode, self.device = point, mode, device
+        self.inputs = [point.randn(device) for _ in range(sets)]
+        if mode == "forward_backward":
+            self.inputs = [x.requires_grad_() for x in self.inputs]
+
+    def grad_mode(self) -> contextlib.AbstractContextManager[object]:
+        """Eval is timed without autograd, as inference is run; training with it."""
+        return torch.no_grad() if self.mode == "eval" else contextlib.nullcontext()
+
+    def step(self, contender: str) -> Step:
+        """The step of one contender, ready to be timed; anything that it needs is allocated here."""
+        if contender == "copy":
+            return self._copy_step()
+        module = make_module(contender, self.point, self.device).train(self.mode != "eval")
+        grads: list[Tensor] = []
+        if self.mode == "forward_backward":
+            # Laid out as the contender's own output, which is how an elementwise layer behind it returns its gradient.
+            with torch.no_grad():
+                grads = [torch.randn_like(module(x)) for x in self.inputs]
+        if contender == "compile":
+            module = compiled(module)
+        return self._backward_step(module, grads) if grads else self._forward_step(module)
+
+    def _copy_step(self) -> Step:
+        sources = [x.detach() for x in self.inputs]
+        targets = [torch.zeros_like(x) for x in sources]
+        pairs = itertools.cycle(zip(targets, sources, strict=True))
+
+        def copy() -> None:
+            target, source = next(pairs)
+            target.copy_(source)
+
+        return copy
+
+    def _forward_step(self, module: nn.Module) -> Step:
+        inputs = itertools.cycle(self.inputs)
+
+        def forward() -> None:
+            module(next(inputs))
+
+        return forward
+
+    def _backward_step(self, module: nn.Module, grads: list[Tensor]) -> Step:
+        pairs: Iterator[tuple[Tensor, Tensor]] = itertools.cycle(zip(self.inputs, grads, strict=True))
+        weight, bias = module.weight, module.bias
+
+        def forward_backward() -> None:
+            x, grad = next(pairs)
+            module(x).backward(grad)
+            x.grad = weight.grad = bias.grad = None
+
+        return forward_backward
+
+
+def check_agreement(point: Point, device: torch.device) -> None:
+    """Raise Disagreement unless bn_ext and nn.BatchNorm1d give the same output and gradients at ``point``.
+
+    The bounds leave room for native's own error, about 1e-3 of the standard deviation over millions of float32 samples,
+    and for one rounding of either side to the tensor's dtype.
+    """
+    x, grad = point.randn(device), point.randn(device)
+    samples = x.numel() // x.size(1)
+    results: list[list[Tensor]] = []
+    for contender in ("nn", "bn_ext"):
+        module = make_module(contender, point, device)
+        leaf = x.detach().requires_grad_()
+        output = module(leaf)
+        wanted = torch.autograd.grad(output, [leaf, *module.parameters()], grad)
+        results.append([output.detach(), *wanted])
+    names = ("output", "input gradient", "weight gradient", "bias gradient")
+    # The gradients of weight and bias are sums of `samples` terms of size one, so about sqrt(samples) large.
+    scales = (1.0, 1.0, samples**0.5, samples**0.5)
+    for name, scale, native, ours in zip(names, scales, *results, strict=True):
+        allowed = 1e-3 * scale + 2 * torch.finfo(point.torch_dtype).eps * float(native.abs().max())
+        difference = float((ours - native).abs().max())
+        if not difference <= allowed:
+            raise Disagreement(f"{point}: {name} differs from native's by {difference:.3g}, allowed {allowed:.3g}")

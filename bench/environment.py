@@ -1,0 +1,68 @@
+"""What a measurement was made with and on: versions, processor, threads, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import bn_ext
+
+_HERE = Path(__file__).resolve().parent
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" behind it when a tracked file is changed; "unknown" outside a checkout."""
+    command = ["git", "-C", str(_HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def huge_pages() -> str:
+    """The system's setting for transparent huge pages ("always", "madvise", "never"), or "unknown"."""
+    try:
+        return _HUGE_PAGES.read_text(encoding="ascii").split("[", 1)[1].split("]", 1)[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def load_average() -> float | None:
+    """How many processes wanted to run over the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def facts(device: torch.device) -> dict[str, object]:
+    """The keys that every measurement of this run shares."""
+    cuda = device.type == "cuda"
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "bn_ext": bn_ext.__version__,
+        "isa": bn_ext._C.isa_level(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "huge_pages": huge_pages(),
+        "load_average": load_average(),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

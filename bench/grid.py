@@ -1,0 +1,106 @@
+"""Which tensors the benchmark times, and how many bytes each mode has to move for them at the least."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MODES = ("forward", "forward_backward", "eval")
+CONTENDERS = ("bn_ext", "nn", "compile", "copy")
+
+# Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays on chip between the
+# statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and
+# writes once. Parameters and statistics are too small to count.
+TENSORS_MOVED = {"forward": 2, "forward_backward": 2 + 3, "eval": 2}
+COPY_TENSORS_MOVED = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One tensor of the grid. ``shape`` is (N, C) or (N, C, L); layout "nlc" means a transposed (N, L, C) tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    def __str__(self) -> str:
+        return " ".join([self.name, self.dtype] + ([self.layout] if self.layout != "contiguous" else []))
+
+    def randn(self, device: torch.device) -> Tensor:
+        """A random tensor of this point's shape, dtype and layout."""
+        if self.layout == "nlc":
+            n, c, length = self.shape
+            return torch.randn(n, length, c, device=device).to(self.torch_dtype).transpose(1, 2)
+        return torch.randn(self.shape, device=device).to(self.torch_dtype)
+
+
+def least_bytes(point: Point, mode: str, contender: str) -> int:
+    """The bytes that ``contender`` must move at ``point`` in ``mode``; the copy reads and writes once in every mode."""
+    return point.bytes * (COPY_TENSORS_MOVED if contender == "copy" else TENSORS_MOVED[mode])
+
+
+FLOAT32 = tuple(
+    Point(shape)
+    for shape in (
+        (32, 64),
+        (128, 256),
+        (1024, 1024),
+        (8192, 512),
+        (65536, 64),
+        (65536, 256),
+        (32, 64, 128),
+        (64, 128, 1024),
+        (16, 512, 1024),
+        (4, 4, 1000000),
+        (1024, 1, 4096),
+    )
+)
+PERMUTED = (
+    Point((32, 64, 128), layout="nlc"),
+    Point((64, 128, 1024), layout="nlc"),
+    Point((16, 512, 1024), layout="nlc"),
+)
+OTHER_DTYPES = (
+    Point((128, 256), "bfloat16"),
+    Point((1024, 1024), "bfloat16"),
+    Point((65536, 256), "bfloat16"),
+    Point((32, 64, 128), "bfloat16"),
+    Point((64, 128, 1024), "bfloat16"),
+    Point((64, 128, 1024), "bfloat16", "nlc"),
+    Point((1024, 1024), "float16"),
+    Point((1024, 1024), "float64"),
+)
+FULL = FLOAT32 + PERMUTED + OTHER_DTYPES
+QUICK = (*FLOAT32, PERMUTED[0], OTHER_DTYPES[1])
+
+
+def select(points: Iterable[Point], patterns: Sequence[str]) -> list[Point]:
+    """The points that match every pattern.
+
+    A pattern is a comma-separated list of shell-style alternatives; it matches a point when one of them matches its
+    shape ("65536x*"), its dtype or its layout.
+    """
+
+    def matches(point: Point, pattern: str) -> bool:
+        fields = (point.name, point.dtype, point.layout)
+        return any(fnmatch.fnmatchcase(f, alternative) for alternative in pattern.split(",") for f in fields)
+
+    return [point for point in points if all(matches(point, pattern) for pattern in patterns)]
