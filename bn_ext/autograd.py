@@ -1,4 +1,7 @@
-"""autograd.Function around the operators: fused first derivatives, differentiable ones where a graph is asked for."""
+"""autograd.Function around the operators: fused first derivatives, differentiable ones where a graph is asked for.
+
+These carry torch.compile, torch.export and torch.func; eager calls go through their twin in C++, which is faster.
+"""
 
 from __future__ import annotations
 
@@ -10,56 +13,6 @@ from torch import Tensor
 from . import ops
 
 Gradients = tuple[Tensor | None, ...]
-
-
-def _channel_dims(input: Tensor) -> list[int]:
-    return [dim for dim in range(input.dim()) if dim != 1]
-
-
-def _per_channel(vector: Tensor, input: Tensor) -> Tensor:
-    return vector.view([1, -1] + [1] * (input.dim() - 2))
-
-
-def _differentiable_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    eps: float,
-    mask: tuple[bool, ...],
-) -> Gradients:
-    """Return the gradients as compositions of differentiable torch operations, for derivatives of higher order.
-
-    running is (running_mean, running_var) where these normalised the input, None where its own statistics did. The
-    formulas are those of csrc/formulas.h; input's statistics are computed anew so that the graph reaches input.
-    """
-    dims = _channel_dims(input)
-    dtype = ops.statistics_dtype(input)
-    x, dy = input.to(dtype), grad_output.to(dtype)
-    if running is None:
-        centred = x - x.mean(dims, keepdim=True)
-        invstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    else:
-        centred = x - _per_channel(running[0].to(dtype), x)
-        invstd = torch.rsqrt(_per_channel(running[1].to(dtype), x) + eps)
-    normalised = centred * invstd
-    grad_input = grad_weight = grad_bias = None
-    if mask[0]:
-        scale = invstd if weight is None else invstd * _per_channel(weight.to(dtype), x)
-        if running is None:
-            projection = dy.mean(dims, keepdim=True) + normalised * (dy * normalised).mean(dims, keepdim=True)
-            grad_input = ((dy - projection) * scale).to(input.dtype)
-        else:
-            grad_input = (dy * scale).to(input.dtype)
-    if mask[1]:
-        grad_weight = (dy * normalised).sum(dims)
-    if mask[2]:
-        grad_bias = dy.sum(dims)
-    return grad_input, grad_weight, grad_bias
-
-
-def _wanted(gradients: tuple[Tensor, Tensor, Tensor], mask: tuple[bool, ...]) -> Gradients:
-    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True))
 
 
 class BatchNormTraining(torch.autograd.Function):
@@ -95,10 +48,10 @@ class BatchNormTraining(torch.autograd.Function):
         input, weight, saved = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(grad_output, input, weight, None, ctx.eps, mask)
+            dx, dw, db = ops.batch_norm_composite_backward(grad_output, input, weight, None, None, ctx.eps, mask)
         else:
-            gradients = _wanted(ops.batch_norm_backward(grad_output, input, weight, saved, mask), mask)
-        return *gradients, None, None, None, None, None
+            dx, dw, db = ops.batch_norm_backward(grad_output, input, weight, saved, mask)
+        return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, None, None, None, None, None
 
 
 class BatchNormInference(torch.autograd.Function):
@@ -130,24 +83,14 @@ class BatchNormInference(torch.autograd.Function):
         input, weight, running_mean, running_var = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            running = (running_mean, running_var)
-            gradients = _differentiable_gradients(grad_output, input, weight, running, ctx.eps, mask)
-        else:
-            gradients = _wanted(
-                ops.batch_norm_inference_backward(grad_output, input, weight, running_mean, running_var, ctx.eps, mask),
-                mask,
+            dx, dw, db = ops.batch_norm_composite_backward(
+                grad_output, input, weight, running_mean, running_var, ctx.eps, mask
             )
-        return *gradients, None, None, None
-
-
-# Function.apply inspects forward's signature anew on every call, which costs more than a small batch norm. Outside of
-# torch.func transforms it only goes on to this base method, which takes the arguments as they are.
-_apply_training = super(torch.autograd.Function, BatchNormTraining).apply
-_apply_inference = super(torch.autograd.Function, BatchNormInference).apply
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        else:
+            dx, dw, db = ops.batch_norm_inference_backward(
+                grad_output, input, weight, running_mean, running_var, ctx.eps, mask
+            )
+        return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, None, None, None
 
 
 def _plain() -> bool:
@@ -155,38 +98,32 @@ def _plain() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def batch_norm_training(
+def batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    training: bool,
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """Return input (N, C) or (N, C, L) normalised by its own statistics; update what is tracked in place."""
-    arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-    if not _needs_grad(input, weight, bias):
-        return ops.batch_norm_forward(*arguments)[0]  # type: ignore[no-any-return]
-    apply = _apply_training if _plain() else BatchNormTraining.apply
-    return apply(*arguments)[0]  # type: ignore[no-any-return, no-untyped-call]
+    """Return input (N, C) or (N, C, L) normalised, by its own statistics if training, else by the running ones (C,).
+
+    Training updates running_mean, running_var and num_batches_tracked in place where they are given; momentum None is
+    the cumulative average. Eager calls take the C++ node of csrc/autograd.cpp, others the Functions above.
+    """
+    if _plain():
+        return ops.batch_norm(  # type: ignore[no-any-return]
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
+    if training:
+        arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+        return BatchNormTraining.apply(*arguments)[0]  # type: ignore[no-any-return, no-untyped-call]
+    return BatchNormInference.apply(  # type: ignore[no-any-return, no-untyped-call]
+        input, weight, bias, running_mean, running_var, eps
+    )
 
 
-def batch_norm_inference(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-) -> Tensor:
-    """Return input (N, C) or (N, C, L) normalised by running_mean and running_var (C,)."""
-    arguments = (input, weight, bias, running_mean, running_var, eps)
-    if not _needs_grad(input, weight, bias):
-        return ops.batch_norm_inference(*arguments)  # type: ignore[no-any-return]
-    apply = _apply_inference if _plain() else BatchNormInference.apply
-    return apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-
-
-__all__ = ["BatchNormInference", "BatchNormTraining", "batch_norm_inference", "batch_norm_training"]
+__all__ = ["BatchNormInference", "BatchNormTraining", "batch_norm"]

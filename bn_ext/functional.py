@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from . import autograd
 from ._guard import read_record
-from .autograd import batch_norm_inference, batch_norm_training
 
 # Devices with kernels; elsewhere torch's own batch norm runs.
 KERNEL_DEVICES = ("cpu", "meta", "cuda") if read_record()["cuda"] else ("cpu", "meta")
@@ -51,14 +51,12 @@ def fused_batch_norm(
 
     training selects the batch's own statistics. momentum None is the cumulative average 1 / num_batches_tracked.
     """
+    if not training and (running_mean is None or running_var is None):
+        return None  # native words the error
     try:
-        if training:
-            return batch_norm_training(
-                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-            )
-        if running_mean is None or running_var is None:
-            return None  # native words the error
-        return batch_norm_inference(input, weight, bias, running_mean, running_var, eps)
+        return autograd.batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
     except NotImplementedError:
         if has_kernel(input):
             raise
@@ -99,7 +97,7 @@ def batch_norm(
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    if input.dim() in (2, 3) and not native_only(input):
+    if input.dim() in (2, 3) and momentum is not None and not native_only(input):
         output = fused_batch_norm(input, running_mean, running_var, weight, bias, None, training, momentum, eps)
         if output is not None:
             return output

@@ -23,6 +23,7 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
         if native_only(input):
             return super().forward(input)
         # nn.Module.__getattr__ costs a third of a microsecond a name; parametrized names are not in these dicts.
@@ -44,7 +45,17 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
             if momentum is None:
                 momentum = 0.0
         output = fused_batch_norm(input, mean, var, weight, bias, batches, training, momentum, self.eps)
-        return super().forward(input) if output is None else output
+        return self._native(input, batches) if output is None else output
+
+    def _native(self, input: Tensor, batches: Tensor | None) -> Tensor:
+        """Run torch's own forward where no kernel ran; it counts the batch even when it then raises."""
+        before = None if batches is None else batches.clone()
+        try:
+            return super().forward(input)
+        except Exception:
+            if before is not None and batches is not None:
+                batches.copy_(before)
+            raise
 
 
 class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+batch_norm = torch.ops.bn_ext.batch_norm.default
+batch_norm_composite_backward = torch.ops.bn_ext.batch_norm_composite_backward.default
 batch_norm_forward = torch.ops.bn_ext.batch_norm_forward.default
 batch_norm_inference = torch.ops.bn_ext.batch_norm_inference.default
 batch_norm_backward = torch.ops.bn_ext.batch_norm_backward.default
@@ -19,6 +21,12 @@ batch_norm_inference_backward = torch.ops.bn_ext.batch_norm_inference_backward.d
 def statistics_dtype(input: Tensor) -> torch.dtype:
     """Return the dtype in which statistics of input are computed and saved."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _check_devices(input: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.device != input.device:
+            raise RuntimeError(f"Tensor on device {other.device} is not on the expected device {input.device}!")
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward")
@@ -32,6 +40,7 @@ def _(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(input, weight, bias, running_mean, running_var, num_batches_tracked)
     return torch.empty_like(input), input.new_empty((3, input.shape[1]), dtype=statistics_dtype(input))
 
 
@@ -44,17 +53,18 @@ def _(
     running_var: Tensor,
     eps: float,
 ) -> Tensor:
+    _check_devices(input, weight, bias, running_mean, running_var)
     return torch.empty_like(input)
 
 
 def _fake_gradients(input: Tensor, weight: Tensor | None, output_mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     statistics = statistics_dtype(input)
     parameter = statistics if weight is None else weight.dtype
+    shape = input.shape[1:2] if weight is None else weight.shape
     none = input.new_empty((0,), dtype=statistics)
     grad_input = torch.empty_like(input) if output_mask[0] else none
     grad_weight, grad_bias = (
-        input.new_empty((input.shape[1],), dtype=parameter) if wanted else torch.empty_like(none)
-        for wanted in output_mask[1:]
+        input.new_empty(shape, dtype=parameter) if wanted else torch.empty_like(none) for wanted in output_mask[1:]
     )
     return grad_input, grad_weight, grad_bias
 
@@ -63,6 +73,7 @@ def _fake_gradients(input: Tensor, weight: Tensor | None, output_mask: Sequence[
 def _(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, saved: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_output, weight, saved)
     return _fake_gradients(input, weight, output_mask)
 
 
@@ -76,4 +87,5 @@ def _(
     eps: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_output, weight, running_mean, running_var)
     return _fake_gradients(input, weight, output_mask)

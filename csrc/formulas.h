@@ -1,7 +1,7 @@
 // Per-channel coefficients of normalise and backward, each formula written once for CPU and CUDA.
 //
 // Forward   y  = (x - mean_hi) * scale + shift          scale = invstd * weight, shift = bias - mean_lo * scale
-// Backward  dx = (dy - dy_hi) * scale - (x - mean_hi) * slope + offset        (training: batch statistics)
+// Backward  dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale      (training: batch statistics)
 //           dx = dy * scale                                                   (evaluation: fixed statistics)
 // with  invstd = 1 / sqrt(var + eps),  dy_hi + dy_lo = mean(dy),  k = mean(dy * (x - mean)) * invstd^2,
 //       slope = k * scale,  offset = (mean_lo * k - dy_lo) * scale.
@@ -52,8 +52,8 @@ BN_HD Gradient<A> gradient_coefficients(A mean_hi, A mean_lo, W invstd, W weight
   split<A, W>(sum_dy / count, W(0), &r.dy_hi, &dy_lo);
   r.mean_hi = mean_hi;
   r.scale = static_cast<A>(scale);
-  r.slope = static_cast<A>(k * scale);
-  r.offset = static_cast<A>((static_cast<W>(mean_lo) * k - static_cast<W>(dy_lo)) * scale);
+  r.slope = static_cast<A>(k);
+  r.offset = static_cast<A>(static_cast<W>(mean_lo) * k - static_cast<W>(dy_lo));
   return r;
 }
 

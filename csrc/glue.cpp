@@ -7,8 +7,10 @@
 #include <c10/util/Exception.h>
 
 #include <charconv>
+#include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace bn_ext {
 namespace {
@@ -42,16 +44,30 @@ TensorRef ref(const Tensor& t, void* data) { return {data, t.stride(0), t.stride
 TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(t.const_data_ptr())); }
 TensorRef output_ref(const Tensor& t) { return ref(t, t.mutable_data_ptr()); }
 
-// A per-channel vector that an op reads, or reads and writes.
+// A per-channel vector that an op reads, or reads and writes. Any shape of the right number of elements will do.
 VectorRef vector_ref(const OptionalTensor& given, const Tensor& input, const char* name, bool writes = false) {
   if (!given.has_value() || !given->defined()) return {};
   const Tensor& t = *given;
   TORCH_CHECK(t.numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t.numel());
-  TORCH_CHECK(t.dim() == 1, name, " should have 1 dimension, but it has ", t.dim());
-  TORCH_CHECK(t.device() == input.device(), "Expected all tensors to be on the same device, but ", name, " is on ",
-              t.device(), " and input is on ", input.device());
+  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
+              input.device(), "!");
+  TORCH_CHECK(t.dim() == 1 || t.is_contiguous(), name, " of ", t.dim(), " dimensions should be contiguous");
   return {writes ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype_of(t, "batch_norm"),
-          t.stride(0)};
+          t.dim() == 1 ? t.stride(0) : 1};
+}
+
+// Any mix of floating types is welcome; other types of parameters and statistics get native's words.
+void check_vector_types(const Tensor& input, std::initializer_list<const OptionalTensor*> vectors) {
+  bool first = true, mixed = false;
+  for (const OptionalTensor* v : vectors) {
+    if (!v->has_value() || !(*v)->defined()) continue;
+    if (first) mixed = (*v)->scalar_type() != input.scalar_type();
+    first = false;
+    const auto type = (*v)->scalar_type();
+    if (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf) continue;
+    TORCH_CHECK(!mixed, "mixed dtype (CPU): expect parameter to have scalar type of Float");
+    TORCH_CHECK(false, "expected scalar type ", input.scalar_type(), " but found ", type);
+  }
 }
 
 // A float as Python prints it.
@@ -86,15 +102,16 @@ BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, c
   a.dtype = dtype_of(input, "batch_norm_backward");
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the size of input, ", input.sizes(),
               ", but has ", grad_output.sizes());
-  TORCH_CHECK(grad_output.device() == input.device(),
-              "Expected all tensors to be on the same device, but grad_output is on ", grad_output.device(),
-              " and input is on ", input.device());
+  TORCH_CHECK(grad_output.device() == input.device(), "Tensor on device ", grad_output.device(),
+              " is not on the expected device ", input.device(), "!");
   call.empty = input.numel() == 0;
   const auto none = [&] { return at::empty({0}, statistics_options(input)); };
   const auto parameter = [&](bool wanted) {
     if (!wanted) return none();
-    const auto options = weight.has_value() && weight->defined() ? weight->options() : statistics_options(input);
-    return call.empty ? at::zeros({a.shape.c}, options) : at::empty({a.shape.c}, options);
+    const bool given = weight.has_value() && weight->defined();
+    const auto options = given ? weight->options() : statistics_options(input);
+    const std::vector<int64_t> size = given ? weight->sizes().vec() : std::vector<int64_t>{a.shape.c};
+    return call.empty ? at::zeros(size, options) : at::empty(size, options);
   };
   call.grad_input = output_mask[0] ? at::empty_like(input) : none();
   call.grad_weight = parameter(output_mask[1]);
@@ -122,8 +139,11 @@ ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, c
   TORCH_CHECK_VALUE(a.shape.count() != 1, "Expected more than 1 value per channel when training, got input size ",
                     size_text(input));
   check_eps(eps, true);
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "running_mean and running_var must either both be None or neither be None");
   call.empty = input.numel() == 0;
   if (!call.empty) {
+    check_vector_types(input, {&weight, &bias, &running_mean, &running_var});
     a.running_mean = vector_ref(running_mean, input, "running_mean", true);
     a.running_var = vector_ref(running_var, input, "running_var", true);
     a.weight = vector_ref(weight, input, "weight");
@@ -158,6 +178,8 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
   check_eps(eps, false);
   call.empty = input.numel() == 0;
   if (!call.empty) {
+    const OptionalTensor mean = running_mean, var = running_var;
+    check_vector_types(input, {&weight, &bias, &mean, &var});
     a.running_mean = vector_ref(running_mean, input, "running_mean");
     a.running_var = vector_ref(running_var, input, "running_var");
     a.weight = vector_ref(weight, input, "weight");

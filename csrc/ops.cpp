@@ -3,6 +3,15 @@
 
 // Optional inputs are fine with every tracer, optional outputs are not: what output_mask leaves out has no elements.
 TORCH_LIBRARY(bn_ext, m) {
+  // Differentiable, for eager mode: training forward or inference, and its autograd node (autograd.cpp).
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) -> Tensor");
+  // Gradients made of differentiable operations, for derivatives of higher order.
+  m.def(
+      "batch_norm_composite_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? running_mean, "
+      "Tensor? running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  // The kernels of a device.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor)");

@@ -1,37 +1,32 @@
-// dx = (dy - dy_hi) * scale - (x - mean_hi) * slope + offset over rows and runs. Included inside the level's namespace.
-// The five coefficients of formulas.h in its order: mean_hi, dy_hi, scale, slope, offset.
+// dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale over rows and runs. Included inside the level's
+// namespace. The five coefficients of formulas.h in its order: mean_hi, dy_hi, scale, slope, offset.
 
 template <class T>
 using GradCoefficients = Coefficients<Scalar<T>, 5>;
 
 template <class T>
 inline VecC<T> grad_input(VecC<T> dy, VecC<T> x, const VecC<T>* c) {
-  return (dy - c[1]) * c[2] + (c[4] - (x - c[0]) * c[3]);
+  return (((dy - c[1]) + c[4]) - (x - c[0]) * c[3]) * c[2];
 }
 
 template <class T, int kRows>
 inline void grad_input_rows(const T* const* dy, const T* const* x, T* const* dx, int64_t n, const Scalar<T>* const* c) {
   constexpr int kLanes = Compute<T>::lanes;
-  T tail_dy[kLanes], tail_x[kLanes], tail_dx[kLanes];
-  Scalar<T> tail_c[kLanes];
-  for (int64_t v = 0; v < n; v += kLanes) {
-    const int64_t rest = n - v;
-    const bool full = rest >= kLanes;
+  for_vectors<kLanes>(n, [&](int64_t v, auto tail) {
+    T buffer_dy[kLanes], buffer_x[kLanes], buffer_dx[kLanes];
+    Scalar<T> buffer_c[kLanes];
+    const int64_t left = n - v;
     VecC<T> k[5];
     for (int i = 0; i < 5; ++i) {
-      k[i] = load_raw<VecC<T>>(full ? c[i] + v : padded<kLanes>(c[i] + v, rest, Scalar<T>(), tail_c));
+      k[i] = load_raw<VecC<T>>(tail ? padded<kLanes>(c[i] + v, left, Scalar<T>(), buffer_c) : c[i] + v);
     }
     for (int j = 0; j < kRows; ++j) {
-      if (full) {
-        store_compute(dx[j] + v, grad_input<T>(load_compute(dy[j] + v), load_compute(x[j] + v), k));
-      } else {
-        padded<kLanes>(dy[j] + v, rest, T(), tail_dy);
-        padded<kLanes>(x[j] + v, rest, T(), tail_x);
-        store_compute(tail_dx, grad_input<T>(load_compute(tail_dy), load_compute(tail_x), k));
-        std::copy(tail_dx, tail_dx + rest, dx[j] + v);
-      }
+      const T* pdy = tail ? padded<kLanes>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v;
+      const T* px = tail ? padded<kLanes>(x[j] + v, left, T(), buffer_x) : x[j] + v;
+      store_compute(tail ? buffer_dx : dx[j] + v, grad_input<T>(load_compute(pdy), load_compute(px), k));
+      if (tail) std::copy(buffer_dx, buffer_dx + left, dx[j] + v);
     }
-  }
+  });
 }
 
 template <class T>

@@ -22,24 +22,22 @@ inline VecD centre(const T* x, VecD mean, VecD rest) {
 template <class T, int kRows>
 inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int64_t n, const double* const* mean,
                                      double* sum, double* dot) {
-  const int64_t whole = n / kLanesD * kLanesD;
-  for (int64_t v = 0; v < n; v += kLanesD) {
-    T tail_x[kLanesD], tail_dy[kLanesD];
-    double tail_mean[kLanesD], tail_rest[kLanesD];
-    const bool full = v < whole;
-    const auto m = load_raw<VecD>(full ? mean[0] + v : padded<kLanesD>(mean[0] + v, n - v, 0.0, tail_mean));
-    const auto rest = load_raw<VecD>(full ? mean[1] + v : padded<kLanesD>(mean[1] + v, n - v, 0.0, tail_rest));
+  for_vectors<kLanesD>(n, [&](int64_t v, auto tail) {
+    T buffer_x[kLanesD], buffer_dy[kLanesD];
+    double buffer_mean[kLanesD], buffer_rest[kLanesD];
+    const int64_t left = n - v;
+    const auto m = load_raw<VecD>(tail ? padded<kLanesD>(mean[0] + v, left, 0.0, buffer_mean) : mean[0] + v);
+    const auto rest = load_raw<VecD>(tail ? padded<kLanesD>(mean[1] + v, left, 0.0, buffer_rest) : mean[1] + v);
     VecD a = load_raw<VecD>(sum + v), b = load_raw<VecD>(dot + v);
     for (int j = 0; j < kRows; ++j) {
-      const T* px = full ? x[j] + v : padded<kLanesD>(x[j] + v, n - v, T(), tail_x);
-      const T* pdy = full ? dy[j] + v : padded<kLanesD>(dy[j] + v, n - v, T(), tail_dy);
-      const VecD g = load_double(pdy);
+      const T* px = tail ? padded<kLanesD>(x[j] + v, left, T(), buffer_x) : x[j] + v;
+      const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v);
       a += g;
       b += g * centre(px, m, rest);
     }
     store_raw(sum + v, a);
     store_raw(dot + v, b);
-  }
+  });
 }
 
 template <class T>
@@ -84,7 +82,7 @@ template <class T>
 inline void gradient_planes_chunk(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
                                   const Means& means, const GradSums& sums) {
   const PlaneChunk p = plane_chunk(g, chunk);
-  T buffer_dy[kGather], buffer_x[kGather], tail_dy[kLanesD], tail_x[kLanesD];
+  T buffer_dy[kGather], buffer_x[kGather];
   const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
   RunSums acc;
   const int64_t step = dy.direct() && x.direct() ? p.n : kGather;
@@ -93,24 +91,17 @@ inline void gradient_planes_chunk(const Geometry& g, const Reader<T>& dy, const 
       const int64_t n = std::min(step, p.n - i);
       const T* px = x.run(o, c, p.i0 + i, n, buffer_x);
       const T* pdy = dy.run(o, c, p.i0 + i, n, buffer_dy);
-      auto accumulate = [&](const T* at_x, const T* at_dy, int u) {
-        const VecD v = load_double(at_dy);
+      for_run(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
+        T tail_x[kLanesD], tail_dy[kLanesD];
+        const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
+        const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
         acc.s1[u] += v;
         acc.s2[u] += v * centre(at_x, mean, rest);
-      };
-      int64_t j = 0;
-      for (; j + 4 * kLanesD <= n; j += 4 * kLanesD) {
-        for (int u = 0; u < 4; ++u) accumulate(px + j + u * kLanesD, pdy + j + u * kLanesD, u);
-      }
-      for (int u = 0; j < n; j += kLanesD, ++u) {
-        const bool full = j + kLanesD <= n;
-        accumulate(full ? px + j : padded<kLanesD>(px + j, n - j, T(), tail_x),
-                   full ? pdy + j : padded<kLanesD>(pdy + j, n - j, T(), tail_dy), u);
-      }
+      });
     }
   }
-  sums.row(chunk, 0)[c] = sum_lanes((acc.s1[0] + acc.s1[1]) + (acc.s1[2] + acc.s1[3]));
-  sums.row(chunk, 1)[c] = sum_lanes((acc.s2[0] + acc.s2[1]) + (acc.s2[2] + acc.s2[3]));
+  sums.row(chunk, 0)[c] = acc.total1();
+  sums.row(chunk, 1)[c] = acc.total2();
 }
 
 template <class T>

@@ -38,23 +38,20 @@ using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
 template <class T, int kRows>
 inline void normalise_rows(const T* const* x, T* const* y, int64_t n, const Scalar<T>* const* c) {
   constexpr int kLanes = Compute<T>::lanes;
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t v = 0; v < whole; v += kLanes) {
-    const auto hi = load_raw<VecC<T>>(c[0] + v), scale = load_raw<VecC<T>>(c[1] + v),
-               shift = load_raw<VecC<T>>(c[2] + v);
-    for (int j = 0; j < kRows; ++j) store_compute(y[j] + v, normalise<T>(load_compute(x[j] + v), hi, scale, shift));
-  }
-  if (whole == n) return;
-  const int64_t rest = n - whole;
-  Scalar<T> coefficients[3][kLanes];
-  for (int i = 0; i < 3; ++i) padded<kLanes>(c[i] + whole, rest, Scalar<T>(), coefficients[i]);
-  T tail[kLanes];
-  for (int j = 0; j < kRows; ++j) {
-    padded<kLanes>(x[j] + whole, rest, T(), tail);
-    store_compute(tail, normalise<T>(load_compute(tail), load_raw<VecC<T>>(coefficients[0]),
-                                     load_raw<VecC<T>>(coefficients[1]), load_raw<VecC<T>>(coefficients[2])));
-    std::copy(tail, tail + rest, y[j] + whole);
-  }
+  for_vectors<kLanes>(n, [&](int64_t v, auto tail) {
+    T buffer[kLanes];
+    Scalar<T> buffer_c[kLanes];
+    const int64_t left = n - v;
+    VecC<T> k[3];
+    for (int i = 0; i < 3; ++i) {
+      k[i] = load_raw<VecC<T>>(tail ? padded<kLanes>(c[i] + v, left, Scalar<T>(), buffer_c) : c[i] + v);
+    }
+    for (int j = 0; j < kRows; ++j) {
+      const T* p = tail ? padded<kLanes>(x[j] + v, left, T(), buffer) : x[j] + v;
+      store_compute(tail ? buffer : y[j] + v, normalise<T>(load_compute(p), k[0], k[1], k[2]));
+      if (tail) std::copy(buffer, buffer + left, y[j] + v);
+    }
+  });
 }
 
 template <class T>

@@ -19,23 +19,31 @@ inline double finite_or_zero(T value) {
   return is_finite(d) ? d : 0.0;
 }
 
+// step(v, tail) for every vector of kLanes columns; the last, shorter one with tail = std::true_type. Two compiled
+// copies of the step: a test inside it would keep the loop's values out of registers.
+template <int kLanes, class Step>
+inline void for_vectors(int64_t n, const Step& step) {
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t v = 0; v < whole; v += kLanes) step(v, std::false_type());
+  if (whole < n) step(whole, std::true_type());
+}
+
 // Accumulates `kRows` rows of n columns into s1, s2 (padded to whole vectors).
 template <class T, int kRows>
 inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift, double* s1, double* s2) {
-  const int64_t whole = n / kLanesD * kLanesD;
-  T tail[kLanesD];
-  for (int64_t v = 0; v < n; v += kLanesD) {
+  for_vectors<kLanesD>(n, [&](int64_t v, auto tail) {
+    T buffer[kLanesD];
     const VecD k = load_raw<VecD>(shift + v);
     VecD a = load_raw<VecD>(s1 + v), b = load_raw<VecD>(s2 + v);
     for (int j = 0; j < kRows; ++j) {
-      const T* p = v < whole ? rows[j] + v : padded<kLanesD>(rows[j] + v, n - v, T(), tail);
+      const T* p = tail ? padded<kLanesD>(rows[j] + v, n - v, T(), buffer) : rows[j] + v;
       const VecD d = load_double(p) - k;
       a += d;
       b += d * d;
     }
     store_raw(s1 + v, a);
     store_raw(s2 + v, b);
-  }
+  });
 }
 
 // Columns [v0, v0 + n) of rows [r0, r1): moments of their channels into `partials`.
@@ -78,27 +86,38 @@ inline void columns_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, 
   }
 }
 
-// Sums of one run; four independent accumulators hide the adder's latency.
+// Sums over runs; four independent accumulators hide the adder's latency.
 struct RunSums {
   VecD s1[4] = {}, s2[4] = {};
+  double total1() const { return sum_lanes((s1[0] + s1[1]) + (s1[2] + s1[3])); }
+  double total2() const { return sum_lanes((s2[0] + s2[1]) + (s2[2] + s2[3])); }
 };
 
-template <class T>
-inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums* sums) {
+// step(i, tail, u) for every vector of a run, u being its accumulator: always a constant, so that all stay in
+// registers.
+template <class Step>
+inline void for_run(int64_t n, const Step& step) {
   int64_t i = 0;
   for (; i + 4 * kLanesD <= n; i += 4 * kLanesD) {
-    for (int u = 0; u < 4; ++u) {
-      const VecD d = load_double(p + i + u * kLanesD) - k;
-      sums->s1[u] += d;
-      sums->s2[u] += d * d;
-    }
+    step(i, std::false_type(), 0);
+    step(i + kLanesD, std::false_type(), 1);
+    step(i + 2 * kLanesD, std::false_type(), 2);
+    step(i + 3 * kLanesD, std::false_type(), 3);
   }
-  T tail[kLanesD];
-  for (int u = 0; i < n; i += kLanesD, ++u) {
-    const VecD d = load_double(i + kLanesD <= n ? p + i : padded<kLanesD>(p + i, n - i, fill, tail)) - k;
-    sums->s1[u] += d;
-    sums->s2[u] += d * d;
-  }
+  for (; i + kLanesD <= n; i += kLanesD) step(i, std::false_type(), 0);
+  if (i < n) step(i, std::true_type(), 1);
+}
+
+template <class T>
+inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums* total) {
+  RunSums sums = *total;
+  for_run(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
+    T buffer[kLanesD];
+    const VecD d = load_double(tail ? padded<kLanesD>(p + i, n - i, fill, buffer) : p + i) - k;
+    sums.s1[u] += d;
+    sums.s2[u] += d * d;
+  });
+  *total = sums;
 }
 
 struct PlaneChunk {
@@ -129,9 +148,7 @@ inline void planes_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, i
       accumulate_run(x.run(o, c, p.i0 + i, n, buffer), n, fill, k, &sums);
     }
   }
-  const double s1 = sum_lanes((sums.s1[0] + sums.s1[1]) + (sums.s1[2] + sums.s1[3]));
-  const double s2 = sum_lanes((sums.s2[0] + sums.s2[1]) + (sums.s2[2] + sums.s2[3]));
-  partials.store(chunk, c, from_shifted_sums(p.count(), shift, s1, s2));
+  partials.store(chunk, c, from_shifted_sums(p.count(), shift, sums.total1(), sums.total2()));
 }
 
 // Values a channel has in a chunk.
