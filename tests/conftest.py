@@ -1,0 +1,93 @@
+"""Fixtures, the device parameter, hypothesis profiles, and the accuracy table printed after the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from support import DEVICES, no_cuda_reason
+
+# The same examples on every run by default, so that a red run can be repeated; "explore" draws new ones.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("repeatable", derandomize=True, max_examples=150, **_COMMON)
+settings.register_profile("explore", derandomize=False, max_examples=2000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+Row = tuple[str, str, float, float, float]
+_TABLE = pytest.StashKey[list[Row]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: small accuracy and layout core, also run once per instruction-set level")
+    config.stash[_TABLE] = []
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; those that cannot run here are skipped with the reason, all from this one place."""
+    if request.param != "cpu" and no_cuda_reason():
+        pytest.skip(no_cuda_reason())
+    return str(request.param)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give all skips for want of CUDA one place, so that the summary has one line for them and not one a test."""
+    report = yield
+    reason = no_cuda_reason()
+    if report.skipped and reason and isinstance(report.longrepr, tuple) and report.longrepr[2].endswith(reason):
+        report.longrepr = (__file__, 0, report.longrepr[2])
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the thread count as it was."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def accuracy_row(request: pytest.FixtureRequest) -> Callable[[str, str, float, float, float], None]:
+    """Add a row (case, quantity, our error, native's error, bound) to the table of the terminal summary."""
+
+    def add(case: str, quantity: str, ours: float, native: float, bound: float) -> None:
+        request.config.stash[_TABLE].append((case, quantity, ours, native, bound))
+
+    return add
+
+
+def _worst_by_ratio(rows: list[Row]) -> list[Row]:
+    """One row for each mean/std and quantity: the largest errors over all shapes."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row[0].rpartition("mean/std ")[2], row[1]), []).append(row)
+    return [
+        (f"mean/std {ratio}, {len(g)} shapes", quantity, max(r[2] for r in g), max(r[3] for r in g), g[0][4])
+        for (ratio, quantity), g in groups.items()
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_TABLE]
+    if not rows:
+        return
+    verbose = config.get_verbosity() > 0
+    kind = "every case" if verbose else "worst over shapes; -v shows every case"
+    terminalreporter.section(f"error against float64, bn_ext beside nn.BatchNorm1d ({kind})")
+    rows = rows if verbose else _worst_by_ratio(rows)
+    width = max(len(row[0]) for row in rows)
+    header = f"{'case':<{width}}  {'quantity':<12}  {'bn_ext':>9}  {'nn':>9}  {'bound':>9}  {'nn/bn_ext':>9}"
+    terminalreporter.write_line(header)
+    for case, quantity, ours, native, bound in rows:
+        ratio = f"{native / ours:9.3g}" if ours > 0 else "        -"
+        terminalreporter.write_line(
+            f"{case:<{width}}  {quantity:<12}  {ours:9.2e}  {native:9.2e}  {bound:9.1e}  {ratio}"
+        )

@@ -1,0 +1,172 @@
+"""The example: its data readers on files made here, and short trainings of its three networks."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bn_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from rich.console import Console
+
+import data
+import train_mlp
+
+QUIET = Console(quiet=True)
+
+
+def idx(array: np.ndarray, code: int = 0x08) -> bytes:
+    """The bytes of an IDX file."""
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_fashion(root: Path, train: int = 96, test: int = 40) -> dict[str, np.ndarray]:
+    """Four files of random pictures, two of them gzipped; returns the arrays by file name."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for split, count, pack in (("train", train, gzip.compress), ("t10k", test, bytes)):
+        arrays[f"{split}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 4, 4), dtype=np.uint8)
+        arrays[f"{split}-labels-idx1-ubyte"] = (np.arange(count) % 10).astype(np.uint8)
+        for name in (f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"):
+            suffix = ".gz" if pack is gzip.compress else ""
+            (root / (name + suffix)).write_bytes(pack(idx(arrays[name])))
+    return arrays
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_read_idx(tmp_path: Path, pack: Any) -> None:
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    (tmp_path / "a").write_bytes(pack(idx(array)))
+    result = data.read_idx(tmp_path / "a")
+    assert result.dtype == np.uint8 and np.array_equal(result, array)
+
+
+def test_read_idx_is_big_endian(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(idx(np.array([1, -2, 70000], dtype=">i4"), code=0x0C))
+    result = data.read_idx(tmp_path / "a")
+    assert result.tolist() == [1, -2, 70000] and result.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "starts with nothing"),
+        (b"PK\x03\x04 an archive", "starts with 50 4b 03 04"),
+        (b"\x00\x00\x77\x01\x00\x00\x00\x00", "not an IDX file"),
+        (b"\x00\x00\x08\x03\x00\x00", "ends inside its header"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x03ab", "should hold 3 bytes"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x01ab", "holds 2"),
+    ],
+)
+def test_read_idx_refuses_damaged_files(tmp_path: Path, raw: bytes, message: str) -> None:
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        data.read_idx(tmp_path / "a")
+
+
+def test_load_fashion_mnist(tmp_path: Path) -> None:
+    arrays = write_fashion(tmp_path)
+    dataset = data.load("fashion-mnist", tmp_path)
+    assert dataset.train_x.shape == (96, 16) and dataset.test_x.shape == (40, 16)
+    assert dataset.train_x.dtype == torch.float32 and dataset.train_y.dtype == torch.int64
+    assert dataset.features == 16 and dataset.classes == 10
+    expected = arrays["t10k-images-idx3-ubyte"][7].reshape(-1) / np.float32(255)
+    assert np.array_equal(dataset.test_x[7].numpy(), expected.astype(np.float32))
+    assert dataset.test_y[:11].tolist() == [*range(10), 0]
+
+
+def test_load_fashion_mnist_says_what_is_missing(tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, dtype=np.uint8)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        data.load_fashion_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no t10k-labels-idx1-ubyte .*apt-get install dataset-fashion-mnist"):
+        data.load_fashion_mnist(tmp_path)
+
+
+def test_load_digits() -> None:
+    dataset = data.load("digits")
+    assert dataset.train_x.shape == (1437, 64) and dataset.test_x.shape == (360, 64) and dataset.classes == 10
+    assert float(dataset.train_x.min()) == 0 and float(dataset.train_x.max()) == 1
+    assert torch.equal(dataset.train_x, data.load("digits").train_x), "the split is fixed"
+    with pytest.raises(ValueError, match="choose one of digits, fashion-mnist"):
+        data.load("cifar")
+
+
+def test_the_three_start_equal() -> None:
+    runs = train_mlp.build_runs(64, 10, seed=3, lr=0.01)
+    native, fused, plain = (runs[name].model for name in ("nn", "fused", "none"))
+    assert [type(m) for m in fused if isinstance(m, nn.BatchNorm1d)] == [bn_ext.FusedBatchNorm1d] * 2
+    assert [type(m) for m in native if isinstance(m, nn.BatchNorm1d)] == [nn.BatchNorm1d] * 2
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in plain)
+    pairs = list(zip(native.state_dict().items(), fused.state_dict().items(), strict=True))
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[1] is not b[1] for a, b in pairs)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(native.parameters(), fused.parameters(), strict=True))
+    linear = [[m.weight for m in model if isinstance(m, nn.Linear)] for model in (native, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(*linear, strict=True))
+
+
+def test_batch_norms_agree_and_beat_no_normalisation() -> None:
+    dataset = data.load("digits")
+    outcome = train_mlp.train(dataset, epochs=3, batch_size=64, lr=0.01, seed=0, console=QUIET)
+    runs = outcome.runs
+    assert outcome.agreed
+    assert outcome.logit_gap[0] <= outcome.rounding_bound < 1e-4
+    assert len(outcome.logit_gap) == len(outcome.loss_gap) == 3 * (1437 // 64)
+    assert all(len(run.accuracy) == len(run.epoch_loss) == 3 for run in runs.values())
+    # The plain network is still near the loss of guessing, ln 10, where the others have all but finished.
+    assert runs["none"].epoch_loss[-1] > 1 > 0.5 > runs["nn"].epoch_loss[-1]
+    assert runs["none"].accuracy[-1] < runs["fused"].accuracy[-1]
+
+
+def test_a_wrong_batch_norm_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(module: nn.Module) -> nn.Module:
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.eps = 1e-4
+        return module
+
+    monkeypatch.setattr(bn_ext, "convert", convert)
+    assert train_mlp.main(["--epochs", "1", "--plot", str(tmp_path / "curves.png")]) == 1
+    assert "DIFFER" in capsys.readouterr().out
+
+
+def test_main_on_idx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_fashion(tmp_path)
+    picture = tmp_path / "sub" / "curves.png"
+    arguments = ["--data", "fashion-mnist", "--root", str(tmp_path), "--epochs", "2", "--batch-size", "16"]
+    assert train_mlp.main([*arguments, "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    for words in ("96 training and 40 test images", "16 features", *train_mlp.TITLES.values(), "same final accuracy"):
+        assert words in output
+    assert "agree to float32 rounding" in output and "median time of a training step" in output
+
+
+def test_main_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_mlp.main(["--data", "fashion-mnist", "--root", str(tmp_path)]) == 2
+    assert train_mlp.main(["--batch-size", "5000"]) == 2
+    output = capsys.readouterr().out
+    assert "dataset-fashion-mnist" in output and "between 2 and 1437, not 5000" in output
+    with pytest.raises(SystemExit):
+        train_mlp.parse(["--epochs", "0"])
+
+
+def test_defaults_depend_on_the_data() -> None:
+    digits, fashion = train_mlp.parse([]), train_mlp.parse(["--data", "fashion-mnist", "--lr", "0.5"])
+    assert (digits.epochs, digits.batch_size, digits.lr) == train_mlp.DEFAULTS["digits"]
+    assert (fashion.epochs, fashion.batch_size) == train_mlp.DEFAULTS["fashion-mnist"][:2] and fashion.lr == 0.5
+    assert digits.plot != fashion.plot and digits.plot.suffix == ".png"

@@ -1,0 +1,320 @@
+"""How bn_ext is built and packed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+import bn_ext
+from bn_ext import _guard
+from processes import PACKAGE, ROOT, run
+
+sys.path.insert(0, str(ROOT / "buildtools"))
+import locate_torch
+import plan
+
+TINY_OPS = """#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+namespace bn_ext {
+const char* isa_level() { return "default"; }
+}  // namespace bn_ext
+namespace {
+int64_t rank(const at::Tensor& x) { return x.dim(); }
+}  // namespace
+TORCH_LIBRARY(bn_ext, m) { m.def("rank(Tensor x) -> int", &rank); }
+"""
+
+
+def tiny_tree(folder: Path) -> Path:
+    """Copy the build of bn_ext into folder, with one operator in place of the kernels: it compiles in seconds."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "buildtools", folder / "buildtools", ignore=shutil.ignore_patterns("__pycache__"))
+    # as after a build in place, whose leavings must stay out of what is packed
+    shutil.copytree(PACKAGE, folder / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "csrc").mkdir()
+    shutil.copy(ROOT / "csrc" / "bindings.cpp", folder / "csrc")
+    (folder / "csrc" / "ops.cpp").write_text(TINY_OPS)
+    (folder / "csrc" / "part.h").write_text("#pragma once\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="module")
+def build_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, as PYTHONPATH, does what pip's build isolation does: setuptools is there, site-packages is not."""
+    folder = tmp_path_factory.mktemp("isolation")
+    site = Path(setuptools.__file__).parent.parent
+    for part in (site / "setuptools", site / "_distutils_hack", *site.glob("setuptools-*.dist-info")):
+        (folder / part.name).symlink_to(part)
+    (folder / "sitecustomize.py").write_text(
+        "import site, sys\nsys.path[:] = [p for p in sys.path if p not in site.getsitepackages()]\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment that holds nothing."""
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder, with_pip=False, symlinks=True)
+    return folder / "bin" / "python"
+
+
+HOOKS = """
+import json, sys
+sys.path.insert(0, "buildtools")
+import backend
+print()
+print(json.dumps([backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable()]))
+"""
+
+
+def asked_for(interpreter: Path | str, tree: Path, isolation: Path) -> list[list[str]]:
+    done = run(interpreter, "-c", HOOKS, cwd=tree, PYTHONPATH=str(isolation), PYTHONNOUSERSITE="1")
+    result: list[list[str]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+# --- the backend -----------------------------------------------------------------------------------------------------
+
+
+def test_isolated_build_asks_for_no_torch_where_there_is_one(tree: Path, build_environment: Path) -> None:
+    hidden = run(sys.executable, "-c", "import torch", cwd=tree, check=False, PYTHONPATH=str(build_environment))
+    assert "No module named 'torch'" in hidden.stdout, "the isolation of this test does not isolate"
+    for requires in asked_for(sys.executable, tree, build_environment):
+        assert not [r for r in requires if r.startswith("torch")]
+
+
+def test_isolated_build_asks_for_torch_where_there_is_none(
+    tree: Path, build_environment: Path, empty_environment: Path
+) -> None:
+    for requires in asked_for(empty_environment, tree, build_environment):
+        assert "torch>=2.11" in requires
+
+
+def test_isolated_build_uses_the_installed_torch(tree: Path, build_environment: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'buildtools'); import locate_torch, setuptools; before = list(sys.path)\n"
+        "with locate_torch.torch_importable():\n    import torch; print(torch.__file__)\n"
+        "print(sys.path == before)"
+    )
+    done = run(sys.executable, "-c", code, cwd=tree, PYTHONPATH=str(build_environment), PYTHONNOUSERSITE="1")
+    assert done.stdout.splitlines()[-2:] == [torch.__file__, "True"]
+
+
+def test_too_old_torch_is_refused_by_name(tmp_path: Path, tree: Path, build_environment: Path) -> None:
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    site = next(tmp_path.glob("lib/python*/site-packages"))
+    (site / "torch").mkdir()
+    (site / "torch" / "__init__.py").touch()
+    (site / "torch-2.5.1.dist-info").mkdir()
+    (site / "torch-2.5.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.5.1\n")
+    done = run(tmp_path / "bin/python", "-c", HOOKS, cwd=tree, check=False, PYTHONPATH=str(build_environment))
+    assert done.returncode == 1
+    assert "needs torch 2.11 or later and this environment holds torch 2.5.1" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("2.10.0+cu128", True), ("1.13.1", True), ("2.11.0", False), ("2.13.0+cpu", False), ("3.0.0a0+git1", False)],
+)
+def test_oldest_torch(version: str, old: bool) -> None:
+    assert locate_torch.too_old(version) is old
+
+
+# --- what a build decides --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "torch_cuda", "nvcc", "sources", "wanted", "reason"),
+    [
+        ({}, "13.0", (13, 0), True, True, "nvcc 13.0"),
+        ({}, "12.8", (12, 6), True, True, "nvcc 12.6"),
+        ({"FORCE_CUDA": "1"}, "13.0", (13, 0), True, True, "nvcc 13.0"),
+        ({"FORCE_CPU": "1"}, "13.0", (13, 0), True, False, "FORCE_CPU"),
+        ({"FORCE_CPU": "0"}, "13.0", (13, 0), True, True, "nvcc"),
+        ({}, None, (13, 0), True, False, "build without CUDA"),
+        ({}, "13.0", None, True, False, "no nvcc"),
+        ({}, "12.8", (13, 0), True, False, "nvcc is of CUDA 13.0"),
+        ({}, "13.0", (13, 0), False, False, "no CUDA kernels"),
+    ],
+)
+def test_cuda_or_cpu(
+    environ: dict[str, str],
+    torch_cuda: str | None,
+    nvcc: tuple[int, int] | None,
+    sources: bool,
+    wanted: bool,
+    reason: str,
+) -> None:
+    decision = plan.decide_cuda(environ, "2.13.0", torch_cuda, nvcc, sources)
+    assert decision.wanted is wanted
+    assert reason in decision.reason
+    if not wanted and "FORCE_CPU" not in environ:
+        with pytest.raises(plan.Cannot, match=r"^bn_ext cannot be built: FORCE_CUDA is set, but .*\.$"):
+            plan.decide_cuda({"FORCE_CUDA": "1"}, "2.13.0", torch_cuda, nvcc, sources)
+
+
+@pytest.mark.parametrize(("nvcc", "newest"), [((12, 6), "90"), ((12, 8), "120"), ((13, 0), "120")])
+def test_default_archs_are_understood_by_torch(
+    nvcc: tuple[int, int], newest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", plan.default_arch_list(nvcc))
+    flags = cpp_extension._get_cuda_arch_flags([])
+    assert f"-gencode=arch=compute_{newest},code=sm_{newest}" in flags
+    assert f"-gencode=arch=compute_{newest},code=compute_{newest}" in flags
+    assert "-gencode=arch=compute_75,code=sm_75" in flags
+
+
+CUDA_PLAN = """
+import json, os, sys
+import torch
+from torch.utils import cpp_extension
+torch.version.cuda = "13.0"
+torch.cuda.device_count = lambda: 0
+cpp_extension.CUDA_HOME = sys.argv[1]
+import setuptools
+from distutils.core import run_setup
+command = run_setup("setup.py", stop_after="init").get_command_obj("build_ext")
+command.ensure_finalized()
+record = command.plan_extension()
+extension = command.extensions[0]
+wanted = ("sources", "libraries", "define_macros", "extra_compile_args")
+print()
+print(json.dumps({**record, **{name: getattr(extension, name) for name in wanted},
+      "env": os.environ["TORCH_CUDA_ARCH_LIST"], "left": cpp_extension._get_cuda_arch_flags(
+          extension.extra_compile_args["nvcc"])}))
+"""
+
+
+def test_cuda_sources_are_wired(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    (tree / "csrc" / "cuda").mkdir()
+    for name in ("kernels.cu", "glue.cpp"):
+        (tree / "csrc" / "cuda" / name).touch()
+    home = tree / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    done = run(sys.executable, "-c", CUDA_PLAN, home, cwd=tree, TORCH_CUDA_ARCH_LIST="")
+    planned: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert planned["cuda"] is True
+    assert {"csrc/bindings.cpp", "csrc/ops.cpp", "csrc/cuda/kernels.cu", "csrc/cuda/glue.cpp"} == set(
+        planned["sources"]
+    )
+    assert ["WITH_CUDA", None] in planned["define_macros"]
+    assert "c10_cuda" in planned["libraries"]
+    assert planned["env"] == planned["cuda_archs"] == plan.default_arch_list((13, 0))
+    assert planned["left"], "an nvcc flag makes torch drop its architecture list"
+
+
+def test_flags_keep_the_library_portable() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    for flag in ("-march", "-mtune", "fast-math", "-std=", "gomp", "-Ofast"):
+        assert f'"{flag}' not in setup
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"CXX": "no-such-g++"}, "CXX names the C++ compiler no-such-g++, which is not there"),
+        ({"PATH": "", "CXX": ""}, "there is no C++ compiler on PATH"),
+        ({"FORCE_CUDA": "1", "FORCE_CPU": "1"}, "FORCE_CUDA and FORCE_CPU are both set"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(tree: Path, environ: dict[str, str], sentence: str) -> None:
+    done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, check=False, **environ)
+    assert done.returncode != 0
+    assert done.stdout.splitlines()[-1].startswith(f"bn_ext cannot be built: {sentence}")
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_force_cuda_without_cuda_fails(tree: Path) -> None:
+    done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, check=False, FORCE_CUDA="1")
+    assert done.returncode != 0
+    last = done.stdout.splitlines()[-1]
+    assert last == f"bn_ext cannot be built: FORCE_CUDA is set, but torch {torch.__version__} is a build without CUDA."
+
+
+def test_missing_torch_is_said_in_one_sentence(tree: Path, build_environment: Path, empty_environment: Path) -> None:
+    done = run(
+        empty_environment, "setup.py", "-q", "build_ext", cwd=tree, check=False, PYTHONPATH=str(build_environment)
+    )
+    assert done.returncode != 0
+    assert done.stdout.splitlines()[-1].startswith("bn_ext cannot be built: torch cannot be imported")
+    assert 'pip install "torch>=2.11"' in done.stdout
+
+
+# --- what is packed --------------------------------------------------------------------------------------------------
+
+
+def test_wheel_from_source_distribution(tmp_path: Path) -> None:
+    """A wheel that the backend builds from the sdist alone holds the library, its record and nothing stray."""
+    tree = tiny_tree(tmp_path)
+    code = "import sys; sys.path.insert(0, '{}/buildtools'); import backend; backend.{}('{}')"
+    run(sys.executable, "-c", code.format(tree, "build_sdist", tmp_path), cwd=tree)
+    archive = tmp_path / f"bn_ext-{bn_ext.__version__}.tar.gz"
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[-1] for name in packed.getnames()}
+        assert {"csrc/ops.cpp", "csrc/part.h", "buildtools/backend.py", "buildtools/plan.py", "LICENSE"} <= names
+        assert not [name for name in names if name.endswith((".so", "_build.json", ".pyc"))]
+        packed.extractall(tmp_path / "unpacked")
+    unpacked = tmp_path / "unpacked" / f"bn_ext-{bn_ext.__version__}"
+    run(sys.executable, "-c", code.format(unpacked, "build_wheel", tmp_path), cwd=unpacked, FORCE_CPU="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed_wheel:
+        names = set(packed_wheel.namelist())
+        packed_wheel.extractall(tmp_path / "target")
+    own = {name for name in names if not re.match(r"bn_ext-[^/]+\.dist-info/", name)}
+    modules = {f"bn_ext/{p.name}" for p in PACKAGE.iterdir() if p.suffix in (".py", ".pyi", ".typed")}
+    (library,) = (name for name in own if name.endswith(".so"))
+    assert own == modules | {library, "bn_ext/_build.json", "bn_ext/py.typed"}
+    target = tmp_path / "target" / "bn_ext"
+    record = _guard.read_record(target)
+    assert (record["torch"], record["version"]) == (torch.__version__, bn_ext.__version__)
+    assert record["cuda_reason"] == "FORCE_CPU was set at build"
+    loaded = run(
+        sys.executable,
+        "-c",
+        "import importlib.util as u, sys, torch; s = u.spec_from_file_location('_C', sys.argv[1]); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        "print(m.isa_level(), torch.ops.bn_ext.rank(torch.ones(2, 3)))",
+        tmp_path / "target" / library,
+        cwd=tmp_path,
+    )
+    assert loaded.stdout.splitlines()[-1] == "default 2"
+    metadata = next(tmp_path.glob("target/*.dist-info/METADATA")).read_text()
+    assert "Requires-Dist: torch>=2.11\n" in metadata
+    assert "BSD-3-Clause" in metadata
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not in a git checkout")
+def test_builds_and_runs_leave_git_clean() -> None:
+    left = [
+        "bn_ext/_C.cpython-311-x86_64-linux-gnu.so",
+        "bn_ext/_build.json",
+        "build/lib/x",
+        "bn_ext.egg-info/x",
+        ".venv/x",
+    ]
+    left += ["build/demo/train_mlp_digits.png", "bench/results/local.jsonl", "bench/results/local.png", ".hypothesis/x"]
+    ignored = run("git", "check-ignore", *left, cwd=ROOT, check=False).stdout.split()
+    assert ignored == left
