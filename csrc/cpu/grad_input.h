@@ -9,23 +9,21 @@ inline VecC<T> grad_input(VecC<T> dy, VecC<T> x, const VecC<T>* c) {
   return (((dy - c[1]) + c[4]) - (x - c[0]) * c[3]) * c[2];
 }
 
-template <class T, int kRows>
-inline void grad_input_rows(const T* const* dy, const T* const* x, T* const* dx, int64_t n, const Scalar<T>* const* c) {
+template <class T>
+inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, const Scalar<T>* const* c) {
   constexpr int kLanes = Compute<T>::lanes;
   for_vectors<kLanes>(n, [&](int64_t v, auto tail) {
-    T buffer_dy[kLanes], buffer_x[kLanes], buffer_dx[kLanes];
+    T buffer_dy[kLanes], buffer_x[kLanes];
     Scalar<T> buffer_c[kLanes];
     const int64_t left = n - v;
     VecC<T> k[5];
     for (int i = 0; i < 5; ++i) {
       k[i] = load_raw<VecC<T>>(tail ? padded<kLanes>(c[i] + v, left, Scalar<T>(), buffer_c) : c[i] + v);
     }
-    for (int j = 0; j < kRows; ++j) {
-      const T* pdy = tail ? padded<kLanes>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v;
-      const T* px = tail ? padded<kLanes>(x[j] + v, left, T(), buffer_x) : x[j] + v;
-      store_compute(tail ? buffer_dx : dx[j] + v, grad_input<T>(load_compute(pdy), load_compute(px), k));
-      if (tail) std::copy(buffer_dx, buffer_dx + left, dx[j] + v);
-    }
+    const T* pdy = tail ? padded<kLanes>(dy + v, left, T(), buffer_dy) : dy + v;
+    const T* px = tail ? padded<kLanes>(x + v, left, T(), buffer_x) : x + v;
+    store_compute(tail ? buffer_dy : dx + v, grad_input<T>(load_compute(pdy), load_compute(px), k));
+    if (tail) std::copy(buffer_dy, buffer_dy + left, dx + v);
   });
 }
 
@@ -51,23 +49,15 @@ inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Rea
                                const GradCoefficients<T>& coefficients, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[5 * kBlockColumns];
-    T buffer_dy[kWriteRows * kBlockColumns], buffer_x[kWriteRows * kBlockColumns];
+    T buffer_dy[kBlockColumns], buffer_x[kBlockColumns];
     const Scalar<T>* c[5];
     for (int64_t task = end - 1; task >= begin; --task) {
       const ColumnTask t = column_task(g, task);
       coefficients.expand(g, t.v0, t.n, expanded, c);
-      int64_t r = t.r0;
-      for_row_groups<kWriteRows>(x, t.r0, t.r1, t.v0, t.n, buffer_x, [&](auto count, const T* const* rows) {
-        constexpr int kRows = decltype(count)::value;
-        const T* rows_dy[kRows];
-        T* out[kRows];
-        for (int j = 0; j < kRows; ++j) {
-          rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
-          out[j] = lead_row(g, dx, r + j, t.v0);
-        }
-        grad_input_rows<T, kRows>(rows_dy, rows, out, t.n, c);
-        r += kRows;
-      });
+      for (int64_t r = t.r0; r < t.r1; ++r) {
+        grad_input_row(dy.row(r, t.v0, t.n, buffer_dy), x.row(r, t.v0, t.n, buffer_x), lead_row(g, dx, r, t.v0), t.n,
+                       c);
+      }
     }
   });
 }

@@ -45,20 +45,25 @@ inline void gradient_columns_chunk(const Geometry& g, const Reader<T>& dy, const
                                    const Means& means, const GradSums& sums) {
   alignas(64) double sum[kBlockColumns], dot[kBlockColumns];
   alignas(64) double expanded[2 * kBlockColumns];
-  T buffer_dy[kWriteRows * kBlockColumns], buffer_x[kWriteRows * kBlockColumns];
+  T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
   const double* mean[2];
   means.expand(g, t.v0, t.n, expanded, mean);
   const int64_t padded_n = (t.n + kLanesD - 1) / kLanesD * kLanesD;
   std::fill(sum, sum + padded_n, 0.0);
   std::fill(dot, dot + padded_n, 0.0);
   int64_t r = t.r0;
-  for_row_groups<kWriteRows>(x, t.r0, t.r1, t.v0, t.n, buffer_x, [&](auto count, const T* const* rows) {
+  const auto body = [&](auto count, const T* const* rows) {
     constexpr int kRows = decltype(count)::value;
     const T* rows_dy[kRows];
     for (int j = 0; j < kRows; ++j) rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
     accumulate_gradient_rows<T, kRows>(rows_dy, rows, t.n, mean, sum, dot);
     r += kRows;
-  });
+  };
+  if (g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes) {
+    for_row_groups<1>(x, t.r0, t.r1, t.v0, t.n, buffer_x, body);
+  } else {
+    for_row_groups<kGradientRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer_x, body);
+  }
   const int64_t fast = g.fast();
   double *out_sum = sums.row(t.chunk, 0), *out_dot = sums.row(t.chunk, 1);
   if (g.by_span) {

@@ -1,7 +1,5 @@
 // y = (x - mean_hi) * scale + shift over rows and runs. Included inside the level's namespace.
 
-constexpr int kWriteRows = 4;  // rows written side by side, sharing one load of the coefficients
-
 template <class T>
 inline VecC<T> normalise(VecC<T> x, VecC<T> mean_hi, VecC<T> scale, VecC<T> shift) {
   return (x - mean_hi) * scale + shift;
@@ -35,8 +33,8 @@ struct Coefficients {
 template <class T>
 using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
 
-template <class T, int kRows>
-inline void normalise_rows(const T* const* x, T* const* y, int64_t n, const Scalar<T>* const* c) {
+template <class T>
+inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c) {
   constexpr int kLanes = Compute<T>::lanes;
   for_vectors<kLanes>(n, [&](int64_t v, auto tail) {
     T buffer[kLanes];
@@ -46,11 +44,9 @@ inline void normalise_rows(const T* const* x, T* const* y, int64_t n, const Scal
     for (int i = 0; i < 3; ++i) {
       k[i] = load_raw<VecC<T>>(tail ? padded<kLanes>(c[i] + v, left, Scalar<T>(), buffer_c) : c[i] + v);
     }
-    for (int j = 0; j < kRows; ++j) {
-      const T* p = tail ? padded<kLanes>(x[j] + v, left, T(), buffer) : x[j] + v;
-      store_compute(tail ? buffer : y[j] + v, normalise<T>(load_compute(p), k[0], k[1], k[2]));
-      if (tail) std::copy(buffer, buffer + left, y[j] + v);
-    }
+    const T* p = tail ? padded<kLanes>(x + v, left, T(), buffer) : x + v;
+    store_compute(tail ? buffer : y + v, normalise<T>(load_compute(p), k[0], k[1], k[2]));
+    if (tail) std::copy(buffer, buffer + left, y + v);
   });
 }
 
@@ -86,19 +82,14 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
                               const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[3 * kBlockColumns];
-    T buffer[kWriteRows * kBlockColumns];
+    T buffer[kBlockColumns];
     const Scalar<T>* c[3];
     for (int64_t task = end - 1; task >= begin; --task) {
       const ColumnTask t = column_task(g, task);
       coefficients.expand(g, t.v0, t.n, expanded, c);
-      int64_t r = t.r0;
-      for_row_groups<kWriteRows>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, const T* const* rows) {
-        constexpr int kRows = decltype(count)::value;
-        T* out[kRows];
-        for (int j = 0; j < kRows; ++j) out[j] = lead_row(g, y, r + j, t.v0);
-        normalise_rows<T, kRows>(rows, out, t.n, c);
-        r += kRows;
-      });
+      for (int64_t r = t.r0; r < t.r1; ++r) {
+        normalise_row(x.row(r, t.v0, t.n, buffer), lead_row(g, y, r, t.v0), t.n, c);
+      }
     }
   });
 }

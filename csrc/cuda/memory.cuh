@@ -111,9 +111,9 @@ __device__ __forceinline__ Vec<T, N> load(const T* p BN_EXT_SITE) {
   return r;
 #else
   typename detail::Word<sizeof(T) * N>::Type word;
-  if (C == Cache::kDefault) detail::load_default(p, &word);
-  if (C == Cache::kStreaming) detail::load_streaming(p, &word);
-  if (C == Cache::kLastUse) detail::load_last_use(p, &word);
+  if constexpr (C == Cache::kDefault) detail::load_default(p, &word);
+  if constexpr (C == Cache::kStreaming) detail::load_streaming(p, &word);
+  if constexpr (C == Cache::kLastUse) detail::load_last_use(p, &word);
   return detail::bits_of<Vec<T, N>>(word);
 #endif
 }
@@ -137,7 +137,7 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v BN_EXT_SITE) {
   memcpy(p, &v, sizeof(v));
 #else
   const auto word = detail::bits_of<typename detail::Word<sizeof(T) * N>::Type>(v);
-  if (C == Cache::kDefault) {
+  if constexpr (C == Cache::kDefault) {
     detail::store_default(p, word);
   } else {
     detail::store_last_use(p, word);
@@ -180,7 +180,7 @@ __device__ __forceinline__ void copy_async_wait() {
 // ---- order between blocks: what was written before a release is seen after an acquire that reads its value ----
 __device__ __forceinline__ unsigned ld_acquire(const unsigned* p BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT
-  simt::poll(p, *p, site);
+  simt::poll(p, "ld_acquire", site);
   return *p;
 #else
   unsigned v;

@@ -91,11 +91,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_HERE) 
 
 // ---- atomics: one thread runs at a time, so plain updates are atomic ----
 template <typename T, typename F>
-T simt_atomic(T* address, F update) {
+T simt_atomic(T* address, F update, SIMT_HERE) {
   simt::preempt();
   const T old = *address;
   *address = update(old);
-  simt::changed();
+  // An update that changes nothing may be one turn of a waiting loop.
+  if (*address == old) {
+    simt::poll(address, "atomic", site);
+  } else {
+    simt::changed();
+  }
   return old;
 }
 #define SIMT_ATOMIC(T)                                                                                             \

@@ -29,11 +29,11 @@ uint64_t exchange(const char* what, unsigned mask, uint64_t value, int source_la
 unsigned ballot(const char* what, unsigned mask, bool predicate, Site site);
 int lane();
 
-// A thread that polls `address` and saw `value` steps aside; one that changed what others may poll says so.
-void poll(const void* address, uint64_t value, Site site);
+// A thread that may be waiting for a change at `address` steps aside; one that changed what others wait for says so.
+void poll(const void* address, const char* what, Site site);
 void changed();
-// A point where another thread may run next.
-void preempt();
+// A point where another thread may run next, once in `one_in` times.
+void preempt(unsigned one_in = 8);
 
 void* dynamic_shared();
 void* map_shared(void* pointer, unsigned rank);
