@@ -103,10 +103,13 @@ def test_any_call_matches_the_reference(call: dict[str, Any]) -> None:
 def test_shift_and_scale_of_the_input_do_not_matter(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int
 ) -> None:
-    """Powers of two are exact: scaling the input (and eps by its square) must not change one bit of the output."""
-    x = LAYOUTS[layout](normal(shape, dtype, seed=seed))
-    y = bn_ext.functional.batch_norm(x, None, None, training=True, eps=2.0**-10)
-    scaled = bn_ext.functional.batch_norm(x * 4, None, None, training=True, eps=2.0**-6)
+    """Powers of two are exact: scaling the input (and eps by its square) must not change one bit of the output.
+
+    Both inputs are laid out alike: the order of summation follows the strides.
+    """
+    x = normal(shape, dtype, seed=seed)
+    y = bn_ext.functional.batch_norm(LAYOUTS[layout](x), None, None, training=True, eps=2.0**-10)
+    scaled = bn_ext.functional.batch_norm(LAYOUTS[layout](x * 4), None, None, training=True, eps=2.0**-6)
     assert torch.equal(y, scaled)
 
 

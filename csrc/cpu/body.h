@@ -7,6 +7,7 @@ namespace {
 #include "cpu/vec.h"
 #include "cpu/reader.h"
 #include "cpu/statistics.h"
+#include "cpu/statistics_float.h"
 #include "cpu/normalise.h"
 #include "cpu/gradient.h"
 #include "cpu/grad_input.h"

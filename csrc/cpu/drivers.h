@@ -85,9 +85,9 @@ inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
       for (int64_t c = b; c < e; ++c) finish_channel<T>(a, partials, momentum, c, coefficients);
     });
     if (g.columns) {
-      normalise_columns(g, x, y, coefficients, p);
+      normalise_columns(g, x, y, coefficients, Order::kReverse, p);
     } else {
-      normalise_planes(g, x, y, coefficients, c0, c1, p);
+      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p);
     }
   });
 }
@@ -109,9 +109,9 @@ inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
   if (g.columns) {
-    normalise_columns(g, x, y, coefficients, par);
+    normalise_columns(g, x, y, coefficients, Order::kForward, par);
   } else {
-    normalise_planes(g, x, y, coefficients, 0, g.channels, par);
+    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par);
   }
 }
 
@@ -172,9 +172,9 @@ inline void scale_gradient(const BackwardArgs& a, const ChannelState& s, Scalar<
   const Reader<T> dy(g, 1, a.dy.data);
   T* dx = static_cast<T*>(a.dx.data);
   if (g.columns) {
-    normalise_columns(g, dy, dx, coefficients, par);
+    normalise_columns(g, dy, dx, coefficients, Order::kForward, par);
   } else {
-    normalise_planes(g, dy, dx, coefficients, 0, g.channels, par);
+    normalise_planes(g, dy, dx, coefficients, 0, g.channels, Order::kForward, par);
   }
 }
 

@@ -51,14 +51,14 @@ inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Rea
     alignas(64) Scalar<T> expanded[5 * kBlockColumns];
     T buffer_dy[kBlockColumns], buffer_x[kBlockColumns];
     const Scalar<T>* c[5];
-    for (int64_t task = end - 1; task >= begin; --task) {
+    for_tasks(Order::kReverse, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.expand(g, t.v0, t.n, expanded, c);
       for (int64_t r = t.r0; r < t.r1; ++r) {
         grad_input_row(dy.row(r, t.v0, t.n, buffer_dy), x.row(r, t.v0, t.n, buffer_x), lead_row(g, dx, r, t.v0), t.n,
                        c);
       }
-    }
+    });
   });
 }
 
@@ -66,7 +66,7 @@ template <class T>
 inline void grad_input_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
                               const GradCoefficients<T>& coefficients, int64_t c0, int64_t c1, const Parallel& par) {
   const bool direct = dy.direct() && x.direct();
-  for_planes(g, c0, c1, direct, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+  for_planes(g, c0, c1, direct, Order::kReverse, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
     T buffer_dy[kGather], buffer_x[kGather];
     grad_input_run(dy.run(o, c, i0, n, buffer_dy), x.run(o, c, i0, n, buffer_x), lead_run(g, dx, o, c, i0), n,
                    coefficients, c);

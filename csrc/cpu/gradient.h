@@ -30,6 +30,8 @@ inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int6
     const auto rest = load_raw<VecD>(tail ? padded<kLanesD>(mean[1] + v, left, 0.0, buffer_rest) : mean[1] + v);
     VecD a = load_raw<VecD>(sum + v), b = load_raw<VecD>(dot + v);
     for (int j = 0; j < kRows; ++j) {
+      prefetch(x[j] + v);
+      prefetch(dy[j] + v);
       const T* px = tail ? padded<kLanesD>(x[j] + v, left, T(), buffer_x) : x[j] + v;
       const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v);
       a += g;
@@ -96,8 +98,10 @@ inline void gradient_planes_chunk(const Geometry& g, const Reader<T>& dy, const 
       const int64_t n = std::min(step, p.n - i);
       const T* px = x.run(o, c, p.i0 + i, n, buffer_x);
       const T* pdy = dy.run(o, c, p.i0 + i, n, buffer_dy);
-      for_run(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
+      for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
         T tail_x[kLanesD], tail_dy[kLanesD];
+        prefetch(px + j);
+        prefetch(pdy + j);
         const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
         const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
         acc.s1[u] += v;

@@ -76,43 +76,52 @@ inline T* lead_run(const Geometry& g, T* base, int64_t o, int64_t c, int64_t i0)
   return base + o * g.strides[0].outer + c * g.strides[0].channel + i0;
 }
 
-// Tasks are taken from the last to the first: the end of x is what the statistics pass left in cache.
+// After a pass over the same tensor tasks are taken from the last to the first: its end is what that pass left in
+// cache. Otherwise they run along memory, as the prefetchers expect.
+enum class Order { kForward, kReverse };
+
+template <class Body>
+inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t i = 0; i < end - begin; ++i) body(order == Order::kForward ? begin + i : end - 1 - i);
+}
+
 template <class T>
 inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                              const Parallel& par) {
+                              Order order, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[3 * kBlockColumns];
     T buffer[kBlockColumns];
     const Scalar<T>* c[3];
-    for (int64_t task = end - 1; task >= begin; --task) {
+    for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.expand(g, t.v0, t.n, expanded, c);
       for (int64_t r = t.r0; r < t.r1; ++r) {
         normalise_row(x.row(r, t.v0, t.n, buffer), lead_row(g, y, r, t.v0), t.n, c);
       }
-    }
+    });
   });
 }
 
-// Calls body(o, c, i0, n) for the runs of one (outer, channel) plane after the other, last to first, in pieces that a
-// gather buffer holds where some operand is not contiguous.
+// Calls body(o, c, i0, n) for the runs of one (outer, channel) plane after the other, in pieces that a gather buffer
+// holds where some operand is not contiguous.
 template <class Body>
-inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, const Parallel& par, const Body& body) {
+inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, Order order, const Parallel& par,
+                       const Body& body) {
   const int64_t channels = c1 - c0, pieces = g.run_pieces();
   const int64_t step = direct ? g.run_length() : kGather;
   parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = end - 1; task >= begin; --task) {
+    for_tasks(order, begin, end, [&](int64_t task) {
       const int64_t plane = task / pieces, i0 = task % pieces * g.run_length();
       const int64_t i1 = std::min(i0 + g.run_length(), g.inner);
       for (int64_t i = i0; i < i1; i += step) body(plane / channels, c0 + plane % channels, i, std::min(step, i1 - i));
-    }
+    });
   });
 }
 
 template <class T>
 inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                             int64_t c0, int64_t c1, const Parallel& par) {
-  for_planes(g, c0, c1, x.direct(), par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+                             int64_t c0, int64_t c1, Order order, const Parallel& par) {
+  for_planes(g, c0, c1, x.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
     T buffer[kGather];
     normalise_run(x.run(o, c, i0, n, buffer), lead_run(g, y, o, c, i0), n, coefficients, c);
   });

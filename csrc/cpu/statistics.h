@@ -1,4 +1,5 @@
-// Moments of a chunk: sums shifted by the chunk's first value and accumulated in double, then (count, mean, M2).
+// Moments of a chunk: sums shifted by the chunk's first value and accumulated in double, then (count, mean, M2); and
+// what the float version in statistics_float.h shares with it.
 // Included inside the level's namespace.
 
 // Partial results of every chunk: [chunk][3][channels] doubles, the rows being mean_hi, mean_lo, m2.
@@ -13,11 +14,32 @@ struct Partials {
   }
 };
 
+// Whether sums of float differences can be trusted: squares neither overflowed nor lost digits to underflow, and the
+// shift was within two standard deviations of the mean, so that the mean's part of s2 does not drown the variance. A
+// sum of zero stands for differences below 1e-22, whose variance float32 cannot tell from zero.
+inline bool float_sums_are_safe(double count, double s1, double s2) {
+  return s2 == 0 || (s2 > 1e-25 && s2 < 1e35 && s1 * s1 <= 0.8 * count * s2);
+}
+
+inline int64_t padded_size(int64_t n) { return (n + kLanesF - 1) / kLanesF * kLanesF; }
+
 template <class T>
 inline double finite_or_zero(T value) {
   const double d = to_double(value);
   return is_finite(d) ? d : 0.0;
 }
+
+// Rows and columns of a task of the columns layout; tasks run along memory.
+struct ColumnTask {
+  int64_t chunk, r0, r1, v0, n;
+};
+inline ColumnTask column_task(const Geometry& g, int64_t task) {
+  const int64_t blocks = g.col_blocks(), chunk = task / blocks, v0 = task % blocks * g.block_cols();
+  if (chunk == g.row_chunks()) return {chunk, g.rows, g.rows + 1, 0, g.tail_cols};
+  const int64_t r0 = chunk * g.chunk_rows();
+  return {chunk, r0, std::min(r0 + g.chunk_rows(), g.rows), v0, std::min(g.block_cols(), g.cols - v0)};
+}
+inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + (g.tail_cols > 0); }
 
 // step(v, tail) for every vector of kLanes columns; the last, shorter one with tail = std::true_type. Two compiled
 // copies of the step: a test inside it would keep the loop's values out of registers.
@@ -36,6 +58,7 @@ inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift
     const VecD k = load_raw<VecD>(shift + v);
     VecD a = load_raw<VecD>(s1 + v), b = load_raw<VecD>(s2 + v);
     for (int j = 0; j < kRows; ++j) {
+      prefetch(rows[j] + v);
       const T* p = tail ? padded<kLanesD>(rows[j] + v, n - v, T(), buffer) : rows[j] + v;
       const VecD d = load_double(p) - k;
       a += d;
@@ -46,44 +69,55 @@ inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift
   });
 }
 
-// Columns [v0, v0 + n) of rows [r0, r1): moments of their channels into `partials`.
+// Columns that share a channel also share the shift of the first of them, so that their sums simply add.
+inline int64_t lead_column(const Geometry& g, int64_t v) { return g.by_span ? v - v % g.fast() : v % g.fast(); }
+
+// Sums of n columns, `rows` values each -> moments of their channels, for the channels that `redo` marks (all if null).
+// With `unsafe` given, channels for which float arithmetic was not safe are marked there instead of being stored;
+// returns whether there was one. A channel is judged by its own values alone, so no channel can change another's
+// result.
+template <class S>
+inline bool store_columns(const Geometry& g, const ColumnTask& t, const S* shift, double* s1, double* s2,
+                          const Partials& partials, const bool* redo, bool* unsafe) {
+  const int64_t n = t.n, fast = g.fast(), groups = (n + fast - 1) / fast;
+  const int64_t channels = g.by_span ? groups : std::min(n, fast), step = g.by_span ? fast : 1;
+  const double count = static_cast<double>((t.r1 - t.r0) * (g.by_span ? fast : groups));
+  if (g.by_span) {
+    for (int64_t v = 0; v < n; v += fast) {
+      for (int64_t j = 1; j < fast; ++j) s1[v] += s1[v + j], s2[v] += s2[v + j];
+    }
+  } else {
+    for (int64_t v = fast; v < n; v += fast) {
+      for (int64_t c = 0; c < channels; ++c) s1[c] += s1[v + c], s2[c] += s2[v + c];
+    }
+  }
+  const int64_t c0 = g.by_span ? t.v0 / fast : t.v0;
+  bool any = false;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t v = c * step;
+    if (unsafe) any |= unsafe[c] = !float_sums_are_safe(count, s1[v], s2[v]);
+    if (unsafe ? unsafe[c] : redo && !redo[c]) continue;
+    partials.store(t.chunk, c0 + c, from_shifted_sums<double>(count, shift[v], s1[v], s2[v]));
+  }
+  return any;
+}
+
+// Columns [v0, v0 + n) of rows [r0, r1) in double, which holds whatever the values are; `redo` as in store_columns.
 template <class T>
-inline void columns_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t r0, int64_t r1, int64_t v0,
-                          int64_t n, const Partials& partials) {
-  alignas(64) double shift[kBlockColumns], s1[kBlockColumns], s2[kBlockColumns];
+inline void columns_chunk_double(const Geometry& g, const Reader<T>& x, const ColumnTask& t, const Partials& partials,
+                                 const bool* redo = nullptr) {
+  alignas(64) double shift[kBlockColumns], s1[kBlockColumns] = {}, s2[kBlockColumns] = {};
   T buffer[kRowGroup * kBlockColumns];
-  const int64_t fast = g.fast();
-  const T* first = x.row(r0, v0, n, buffer);
-  // Columns of one channel share one shift, so that their sums simply add.
-  for (int64_t v = 0; v < n; ++v) {
-    const int64_t lead = g.by_span ? v - v % fast : v % fast;
+  const T* first = x.row(t.r0, t.v0, t.n, buffer);
+  for (int64_t v = 0; v < t.n; ++v) {
+    const int64_t lead = lead_column(g, v);
     shift[v] = lead == v ? finite_or_zero(first[v]) : shift[lead];
   }
-  const int64_t padded_n = (n + kLanesD - 1) / kLanesD * kLanesD;
-  for (int64_t v = n; v < padded_n; ++v) shift[v] = 0;
-  std::fill(s1, s1 + padded_n, 0.0);
-  std::fill(s2, s2 + padded_n, 0.0);
-  for_row_groups<kRowGroup>(x, r0, r1, v0, n, buffer, [&](auto count, const T* const* rows) {
-    accumulate_rows<T, decltype(count)::value>(rows, n, shift, s1, s2);
+  std::fill(shift + t.n, shift + padded_size(t.n), 0.0);
+  for_row_groups<kRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, const T* const* rows) {
+    accumulate_rows<T, decltype(count)::value>(rows, t.n, shift, s1, s2);
   });
-  const int64_t groups = (n + fast - 1) / fast;
-  const double count = static_cast<double>(r1 - r0) * (g.by_span ? fast : groups);
-  if (g.by_span) {
-    for (int64_t q = 0; q < groups; ++q) {
-      const int64_t v = q * fast;
-      double a = s1[v], b = s2[v];
-      for (int64_t j = 1; j < fast; ++j) a += s1[v + j], b += s2[v + j];
-      partials.store(chunk, (v0 + v) / fast, from_shifted_sums(count, shift[v], a, b));
-    }
-    return;
-  }
-  const int64_t channels = std::min(n, fast);
-  for (int64_t q = 1; q < groups; ++q) {
-    for (int64_t c = 0; c < channels; ++c) s1[c] += s1[q * fast + c], s2[c] += s2[q * fast + c];
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    partials.store(chunk, v0 + c, from_shifted_sums(count, shift[c], s1[c], s2[c]));
-  }
+  store_columns(g, t, shift, s1, s2, partials, redo, nullptr);
 }
 
 // Sums over runs; four independent accumulators hide the adder's latency.
@@ -95,23 +129,23 @@ struct RunSums {
 
 // step(i, tail, u) for every vector of a run, u being its accumulator: always a constant, so that all stay in
 // registers.
-template <class Step>
+template <int kLanes, class Step>
 inline void for_run(int64_t n, const Step& step) {
   int64_t i = 0;
-  for (; i + 4 * kLanesD <= n; i += 4 * kLanesD) {
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     step(i, std::false_type(), 0);
-    step(i + kLanesD, std::false_type(), 1);
-    step(i + 2 * kLanesD, std::false_type(), 2);
-    step(i + 3 * kLanesD, std::false_type(), 3);
+    step(i + kLanes, std::false_type(), 1);
+    step(i + 2 * kLanes, std::false_type(), 2);
+    step(i + 3 * kLanes, std::false_type(), 3);
   }
-  for (; i + kLanesD <= n; i += kLanesD) step(i, std::false_type(), 0);
+  for (; i + kLanes <= n; i += kLanes) step(i, std::false_type(), 0);
   if (i < n) step(i, std::true_type(), 1);
 }
 
 template <class T>
 inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums* total) {
   RunSums sums = *total;
-  for_run(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
+  for_run<kLanesD>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
     T buffer[kLanesD];
     const VecD d = load_double(tail ? padded<kLanesD>(p + i, n - i, fill, buffer) : p + i) - k;
     sums.s1[u] += d;
@@ -129,9 +163,10 @@ inline PlaneChunk plane_chunk(const Geometry& g, int64_t chunk) {
   return {o, std::min(o + g.chunk_outer(), g.outer), i, std::min(g.run_length(), g.inner - i)};
 }
 
-// Chunk of one channel in the planes layout.
+// Chunk of one channel in the planes layout, in double.
 template <class T>
-inline void planes_chunk(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c, const Partials& partials) {
+inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c,
+                                const Partials& partials) {
   const PlaneChunk p = plane_chunk(g, chunk);
   T buffer[kGather];
   // The shift also fills the last vector's unused lanes, where it must give a difference of exactly zero.
@@ -157,55 +192,4 @@ inline double chunk_count(const Geometry& g, int64_t chunk) {
   if (chunk == g.row_chunks()) return static_cast<double>(g.tail_cols / g.channels);
   const int64_t rows = std::min(g.chunk_rows(), g.rows - chunk * g.chunk_rows());
   return static_cast<double>(rows * (g.by_span ? g.inner : g.fold));
-}
-
-// Rows and columns of a task of the columns layout; tasks run along memory.
-struct ColumnTask {
-  int64_t chunk, r0, r1, v0, n;
-};
-inline ColumnTask column_task(const Geometry& g, int64_t task) {
-  const int64_t blocks = g.col_blocks(), chunk = task / blocks, v0 = task % blocks * g.block_cols();
-  if (chunk == g.row_chunks()) return {chunk, g.rows, g.rows + 1, 0, g.tail_cols};
-  const int64_t r0 = chunk * g.chunk_rows();
-  return {chunk, r0, std::min(r0 + g.chunk_rows(), g.rows), v0, std::min(g.block_cols(), g.cols - v0)};
-}
-inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + (g.tail_cols > 0); }
-
-template <class T>
-inline void statistics_columns(const Geometry& g, const Reader<T>& x, const Partials& partials, const Parallel& par) {
-  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const ColumnTask t = column_task(g, task);
-      columns_chunk(g, x, t.chunk, t.r0, t.r1, t.v0, t.n, partials);
-    }
-  });
-}
-
-// All chunks of channels [c0, c1).
-template <class T>
-inline void statistics_planes(const Geometry& g, const Reader<T>& x, const Partials& partials, int64_t c0, int64_t c1,
-                              const Parallel& par) {
-  const int64_t chunks = g.chunks();
-  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) planes_chunk(g, x, task % chunks, c0 + task / chunks, partials);
-  });
-}
-
-// Merges the chunks of channels [c0, c1) in their order.
-inline void merge_chunks(const Geometry& g, const Partials& partials, int64_t c0, int64_t c1) {
-  double* hi = partials.row(0, 0);
-  double* lo = partials.row(0, 1);
-  double* m2 = partials.row(0, 2);
-  double count = chunk_count(g, 0);
-  for (int64_t chunk = 1; chunk < g.chunks(); ++chunk) {
-    const double more = chunk_count(g, chunk);
-    const double *hi_b = partials.row(chunk, 0), *lo_b = partials.row(chunk, 1), *m2_b = partials.row(chunk, 2);
-    for (int64_t c = c0; c < c1; ++c) {
-      const Moments<double> m = merge<double>({count, hi[c], lo[c], m2[c]}, {more, hi_b[c], lo_b[c], m2_b[c]});
-      hi[c] = m.mean_hi;
-      lo[c] = m.mean_lo;
-      m2[c] = m.m2;
-    }
-    count += more;
-  }
 }

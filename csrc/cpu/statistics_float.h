@@ -1,0 +1,220 @@
+// Moments of a chunk in float arithmetic, flushed to double every few values: half the work of statistics.h, for
+// float32 and 16-bit tensors. Included inside the level's namespace.
+//
+// The shift is the mean of the chunk's first values. Where it turns out to be far from the chunk's mean (an outlier
+// among them), or a sum of squares left float's safe range, the chunk is done again in double.
+
+constexpr int64_t kFlush = 16;  // values that a float sum holds before it is added to a double one
+constexpr int64_t kShiftRows = 8;
+
+using VecF = Vec<float, kLanesF>;
+using HalfF = Vec<float, kLanesD>;
+
+// The two halves of v, widened.
+inline void add_widened(VecF v, VecD* low, VecD* high) {
+  HalfF half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  *low += __builtin_convertvector(half[0], VecD);
+  *high += __builtin_convertvector(half[1], VecD);
+}
+
+// total += sums, sums = 0, over n columns.
+inline void flush_columns(int64_t n, float* sums, double* total) {
+  for (int64_t v = 0; v < n; v += kLanesF) {
+    VecD low = load_raw<VecD>(total + v), high = load_raw<VecD>(total + v + kLanesD);
+    add_widened(load_raw<VecF>(sums + v), &low, &high);
+    store_raw(total + v, low);
+    store_raw(total + v + kLanesD, high);
+    store_raw(sums + v, VecF{});
+  }
+}
+
+template <class T, int kRows>
+inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* shift, float* f1, float* f2) {
+  for_vectors<kLanesF>(n, [&](int64_t v, auto tail) {
+    T buffer[kLanesF];
+    const VecF k = load_raw<VecF>(shift + v);
+    VecF a = load_raw<VecF>(f1 + v), b = load_raw<VecF>(f2 + v);
+    for (int j = 0; j < kRows; ++j) {
+      prefetch(rows[j] + v);
+      const VecF d = widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k;
+      a += d;
+      b += d * d;
+    }
+    store_raw(f1 + v, a);
+    store_raw(f2 + v, b);
+  });
+}
+
+// Mean of the first rows of each column's channel, as x0 + mean(x - x0) so that a large x0 costs no digits.
+template <class T>
+inline void column_shifts(const Geometry& g, const Reader<T>& x, const ColumnTask& t, T* buffer, float* shift) {
+  const int64_t rows = std::min(kShiftRows, t.r1 - t.r0);
+  float base[kBlockColumns];
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = x.row(t.r0 + r, t.v0, t.n, buffer);
+    for (int64_t v = 0; v < t.n; ++v) {
+      const float value = static_cast<float>(to_double(row[v]));
+      if (r == 0) base[v] = value, shift[v] = 0;
+      shift[v] += value - base[v];
+    }
+  }
+  const float scale = 1.0f / static_cast<float>(rows);
+  for (int64_t v = 0; v < t.n; ++v) {
+    const float mean = base[v] + shift[v] * scale;
+    const int64_t lead = lead_column(g, v);
+    shift[v] = lead == v ? (is_finite(mean) ? mean : 0.0f) : shift[lead];
+  }
+  std::fill(shift + t.n, shift + padded_size(t.n), 0.0f);
+}
+
+template <class T>
+inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const ColumnTask& t, const Partials& partials) {
+  alignas(64) float shift[kBlockColumns], f1[kBlockColumns], f2[kBlockColumns];
+  alignas(64) double s1[kBlockColumns], s2[kBlockColumns];
+  T buffer[kRowGroup * kBlockColumns];
+  const int64_t size = padded_size(t.n);
+  for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
+  for (double* s : {s1, s2}) std::fill(s, s + size, 0.0);
+  column_shifts(g, x, t, buffer, shift);
+  const bool stream = g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes;
+  for (int64_t r = t.r0; r < t.r1; r += kFlush) {
+    const int64_t end = std::min(r + kFlush, t.r1);
+    const auto body = [&](auto count, const T* const* rows) {
+      accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2);
+    };
+    if (stream) {
+      for_row_groups<1>(x, r, end, t.v0, t.n, buffer, body);
+    } else {
+      for_row_groups<kRowGroup>(x, r, end, t.v0, t.n, buffer, body);
+    }
+    flush_columns(size, f1, s1);
+    flush_columns(size, f2, s2);
+  }
+  bool unsafe[kBlockColumns];
+  const bool any = store_columns(g, t, shift, s1, s2, partials, nullptr, unsafe);
+  if (any) columns_chunk_double(g, x, t, partials, unsafe);
+}
+
+// Float sums over runs with their double totals; each accumulator takes at most kFlush vectors between two flushes.
+struct FloatRunSums {
+  VecF f1[4] = {}, f2[4] = {};
+  RunSums totals;
+  int64_t pending = 0;
+
+  void flush() {
+    for (int u = 0; u < 4; ++u) {
+      add_widened(f1[u], &totals.s1[u], &totals.s1[u]);
+      add_widened(f2[u], &totals.s2[u], &totals.s2[u]);
+      f1[u] = f2[u] = VecF{};
+    }
+    pending = 0;
+  }
+};
+
+template <class T>
+inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums* sums) {
+  constexpr int64_t kStep = kFlush * 4 * kLanesF;
+  const VecF k = VecF{} + shift;
+  for (int64_t i0 = 0; i0 < n; i0 += kStep) {
+    const int64_t m = std::min(kStep, n - i0), vectors = (m + 4 * kLanesF - 1) / (4 * kLanesF) + 4;
+    if (sums->pending + vectors > kFlush + 4) sums->flush();
+    sums->pending += vectors;
+    VecF a[4], b[4];
+    for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
+    for_run<kLanesF>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
+      VecF value;
+      prefetch(p + i0 + i);
+      if (tail) {
+        float buffer[kLanesF] = {};
+        for (int64_t j = 0; j < kLanesF; ++j) {
+          buffer[j] = i + j < m ? static_cast<float>(to_double(p[i0 + i + j])) : shift;
+        }
+        value = load_raw<VecF>(buffer);
+      } else {
+        value = widen<kLanesF>(p + i0 + i);
+      }
+      const VecF d = value - k;
+      a[u] += d;
+      b[u] += d * d;
+    });
+    for (int u = 0; u < 4; ++u) sums->f1[u] = a[u], sums->f2[u] = b[u];
+  }
+}
+
+template <class T>
+inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c,
+                               const Partials& partials) {
+  const PlaneChunk p = plane_chunk(g, chunk);
+  T buffer[kGather];
+  const int64_t few = std::min(kShiftRows, p.n);
+  if (few < 1) __builtin_unreachable();  // a chunk has values
+  const T* first = x.run(p.o0, c, p.i0, few, buffer);
+  const float base = static_cast<float>(to_double(first[0]));
+  float sum = 0;
+  for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(first[i])) - base;
+  float shift = base + sum / static_cast<float>(few);
+  if (!is_finite(shift)) shift = 0;
+  FloatRunSums sums;
+  const int64_t step = x.direct() ? p.n : kGather;
+  for (int64_t o = p.o0; o < p.o1; ++o) {
+    for (int64_t i = 0; i < p.n; i += step) {
+      const int64_t n = std::min(step, p.n - i);
+      accumulate_run_float(x.run(o, c, p.i0 + i, n, buffer), n, shift, &sums);
+    }
+  }
+  sums.flush();
+  const double s1 = sums.totals.total1(), s2 = sums.totals.total2();
+  if (!float_sums_are_safe(p.count(), s1, s2)) return planes_chunk_double(g, x, chunk, c, partials);
+  partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift, s1, s2));
+}
+
+template <class T>
+inline void statistics_columns(const Geometry& g, const Reader<T>& x, const Partials& partials, const Parallel& par) {
+  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const ColumnTask t = column_task(g, task);
+      if constexpr (sizeof(T) < sizeof(double)) {
+        columns_chunk_float(g, x, t, partials);
+      } else {
+        columns_chunk_double(g, x, t, partials);
+      }
+    }
+  });
+}
+
+// All chunks of channels [c0, c1).
+template <class T>
+inline void statistics_planes(const Geometry& g, const Reader<T>& x, const Partials& partials, int64_t c0, int64_t c1,
+                              const Parallel& par) {
+  const int64_t chunks = g.chunks();
+  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, c = c0 + task / chunks;
+      if constexpr (sizeof(T) < sizeof(double)) {
+        planes_chunk_float(g, x, chunk, c, partials);
+      } else {
+        planes_chunk_double(g, x, chunk, c, partials);
+      }
+    }
+  });
+}
+
+// Merges the chunks of channels [c0, c1) in their order.
+inline void merge_chunks(const Geometry& g, const Partials& partials, int64_t c0, int64_t c1) {
+  double* hi = partials.row(0, 0);
+  double* lo = partials.row(0, 1);
+  double* m2 = partials.row(0, 2);
+  double count = chunk_count(g, 0);
+  for (int64_t chunk = 1; chunk < g.chunks(); ++chunk) {
+    const double more = chunk_count(g, chunk);
+    const double *hi_b = partials.row(chunk, 0), *lo_b = partials.row(chunk, 1), *m2_b = partials.row(chunk, 2);
+    for (int64_t c = c0; c < c1; ++c) {
+      const Moments<double> m = merge<double>({count, hi[c], lo[c], m2[c]}, {more, hi_b[c], lo_b[c], m2_b[c]});
+      hi[c] = m.mean_hi;
+      lo[c] = m.mean_lo;
+      m2[c] = m.m2;
+    }
+    count += more;
+  }
+}
