@@ -24,7 +24,7 @@ constexpr int kMaxOperands = 3;
 constexpr int64_t kFoldColumns = 64;    // fewer columns than this are joined across rows
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
-constexpr int64_t kChunkElements = 65536;
+constexpr int64_t kChunkElements = 131072;
 constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 4096;
 constexpr int64_t kRunElements = 16384;  // elements of one channel that make a chunk of planes
 

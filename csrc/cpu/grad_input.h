@@ -32,16 +32,13 @@ inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const Grad
   constexpr int kLanes = Compute<T>::lanes;
   VecC<T> k[5];
   for (int i = 0; i < 5; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
-  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    store_compute(dx + i, grad_input<T>(load_compute(dy + i), load_compute(x + i), k));
-  }
-  if (rest == 0) return;
-  T tail_dy[kLanes], tail_x[kLanes];
-  padded<kLanes>(dy + whole, rest, T(), tail_dy);
-  padded<kLanes>(x + whole, rest, T(), tail_x);
-  store_compute(tail_dy, grad_input<T>(load_compute(tail_dy), load_compute(tail_x), k));
-  std::copy(tail_dy, tail_dy + rest, dx + whole);
+  for_run<kLanes>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
+    T buffer_dy[kLanes], buffer_x[kLanes];
+    const T* pdy = tail ? padded<kLanes>(dy + i, n - i, T(), buffer_dy) : dy + i;
+    const T* px = tail ? padded<kLanes>(x + i, n - i, T(), buffer_x) : x + i;
+    store_compute(tail ? buffer_dy : dx + i, grad_input<T>(load_compute(pdy), load_compute(px), k));
+    if (tail) std::copy(buffer_dy, buffer_dy + (n - i), dx + i);
+  });
 }
 
 template <class T>

@@ -55,15 +55,12 @@ inline void normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficien
   constexpr int kLanes = Compute<T>::lanes;
   const auto hi = broadcast<VecC<T>>(c.row(0)[channel]), scale = broadcast<VecC<T>>(c.row(1)[channel]),
              shift = broadcast<VecC<T>>(c.row(2)[channel]);
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    store_compute(y + i, normalise<T>(load_compute(x + i), hi, scale, shift));
-  }
-  if (whole == n) return;
-  T tail[kLanes];
-  padded<kLanes>(x + whole, n - whole, T(), tail);
-  store_compute(tail, normalise<T>(load_compute(tail), hi, scale, shift));
-  std::copy(tail, tail + (n - whole), y + whole);
+  for_run<kLanes>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
+    T buffer[kLanes];
+    const T* p = tail ? padded<kLanes>(x + i, n - i, T(), buffer) : x + i;
+    store_compute(tail ? buffer : y + i, normalise<T>(load_compute(p), hi, scale, shift));
+    if (tail) std::copy(buffer, buffer + (n - i), y + i);
+  });
 }
 
 // The write side of the lead operand: always dense, so always in place.
@@ -107,14 +104,21 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
 template <class Body>
 inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, Order order, const Parallel& par,
                        const Body& body) {
-  const int64_t channels = c1 - c0, pieces = g.run_pieces();
-  const int64_t step = direct ? g.run_length() : kGather;
+  const int64_t channels = c1 - c0, pieces = g.run_pieces(), step = direct ? g.run_length() : kGather;
+  const int64_t way = order == Order::kForward ? 1 : -1;
   parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
-    for_tasks(order, begin, end, [&](int64_t task) {
-      const int64_t plane = task / pieces, i0 = task % pieces * g.run_length();
-      const int64_t i1 = std::min(i0 + g.run_length(), g.inner);
-      for (int64_t i = i0; i < i1; i += step) body(plane / channels, c0 + plane % channels, i, std::min(step, i1 - i));
-    });
+    // Counted on instead of divided for each task: a short run takes no longer than two divisions.
+    const int64_t first = way > 0 ? begin : end - 1;
+    int64_t piece = first % pieces, c = first / pieces % channels, o = first / pieces / channels;
+    for (int64_t left = end - begin; left > 0; --left) {
+      const int64_t i0 = piece * g.run_length(), i1 = std::min(i0 + g.run_length(), g.inner);
+      for (int64_t i = i0; i < i1; i += step) body(o, c0 + c, i, std::min(step, i1 - i));
+      if ((piece += way) >= 0 && piece < pieces) continue;
+      piece = way > 0 ? 0 : pieces - 1;
+      if ((c += way) >= 0 && c < channels) continue;
+      c = way > 0 ? 0 : channels - 1;
+      o += way;
+    }
   });
 }
 

@@ -49,23 +49,24 @@ inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* 
 // Mean of the first rows of each column's channel, as x0 + mean(x - x0) so that a large x0 costs no digits.
 template <class T>
 inline void column_shifts(const Geometry& g, const Reader<T>& x, const ColumnTask& t, T* buffer, float* shift) {
-  const int64_t rows = std::min(kShiftRows, t.r1 - t.r0);
-  float base[kBlockColumns];
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = x.row(t.r0 + r, t.v0, t.n, buffer);
-    for (int64_t v = 0; v < t.n; ++v) {
-      const float value = static_cast<float>(to_double(row[v]));
-      if (r == 0) base[v] = value, shift[v] = 0;
-      shift[v] += value - base[v];
-    }
-  }
-  const float scale = 1.0f / static_cast<float>(rows);
-  for (int64_t v = 0; v < t.n; ++v) {
-    const float mean = base[v] + shift[v] * scale;
-    const int64_t lead = lead_column(g, v);
-    shift[v] = lead == v ? (is_finite(mean) ? mean : 0.0f) : shift[lead];
-  }
-  std::fill(shift + t.n, shift + padded_size(t.n), 0.0f);
+  static_assert(kShiftRows <= kRowGroup, "the buffer holds a row group");
+  const int64_t count = std::min(kShiftRows, t.r1 - t.r0);
+  const T* rows[kShiftRows];
+  for (int64_t j = 0; j < count; ++j) rows[j] = x.row(t.r0 + j, t.v0, t.n, buffer + j * kBlockColumns);
+  const float scale = 1.0f / static_cast<float>(count);
+  for_vectors<kLanesF>(t.n, [&](int64_t v, auto tail) {
+    T end[kLanesF];
+    const auto load = [&](int64_t j) {
+      return widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, t.n - v, T(), end) : rows[j] + v);
+    };
+    const VecF base = load(0);
+    VecF sum{};
+    for (int64_t j = 1; j < count; ++j) sum += load(j) - base;
+    const VecF mean = base + sum * scale;
+    store_raw(shift + v, mean - mean == VecF{} ? mean : VecF{});  // zero where it is not finite
+  });
+  if (t.n <= g.fast() && !g.by_span) return;
+  for (int64_t v = 0; v < t.n; ++v) shift[v] = shift[lead_column(g, v)];
 }
 
 template <class T>

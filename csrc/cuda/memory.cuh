@@ -50,35 +50,35 @@ struct Word<2> {
 __device__ __forceinline__ size_t global_address(const void* p) { return __cvta_generic_to_global(p); }
 
 // Volatile keeps loads behind a grid dependency or a barrier that stands before them.
-#define BN_EXT_LOAD(NAME, PTX, ...)                                                                   \
-  __device__ __forceinline__ void NAME(const void* p, uint4* r) {                                     \
-    asm volatile(PTX ".v4.u32 {%0, %1, %2, %3}, [%4];"                                                \
-                 : "=r"(r->x), "=r"(r->y), "=r"(r->z), "=r"(r->w)                                     \
-                 : "l"(global_address(p))__VA_ARGS__);                                                \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(const void* p, uint2* r) {                                     \
+#define BN_EXT_LOAD(NAME, PTX, ...)                                                                           \
+  __device__ __forceinline__ void NAME(const void* p, uint4* r) {                                             \
+    asm volatile(PTX ".v4.u32 {%0, %1, %2, %3}, [%4];"                                                        \
+                 : "=r"(r->x), "=r"(r->y), "=r"(r->z), "=r"(r->w)                                             \
+                 : "l"(global_address(p))__VA_ARGS__);                                                        \
+  }                                                                                                           \
+  __device__ __forceinline__ void NAME(const void* p, uint2* r) {                                             \
     asm volatile(PTX ".v2.u32 {%0, %1}, [%2];" : "=r"(r->x), "=r"(r->y) : "l"(global_address(p))__VA_ARGS__); \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(const void* p, unsigned int* r) {                              \
-    asm volatile(PTX ".u32 %0, [%1];" : "=r"(*r) : "l"(global_address(p))__VA_ARGS__);                \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(const void* p, unsigned short* r) {                            \
-    asm volatile(PTX ".u16 %0, [%1];" : "=h"(*r) : "l"(global_address(p))__VA_ARGS__);                \
+  }                                                                                                           \
+  __device__ __forceinline__ void NAME(const void* p, unsigned int* r) {                                      \
+    asm volatile(PTX ".u32 %0, [%1];" : "=r"(*r) : "l"(global_address(p))__VA_ARGS__);                        \
+  }                                                                                                           \
+  __device__ __forceinline__ void NAME(const void* p, unsigned short* r) {                                    \
+    asm volatile(PTX ".u16 %0, [%1];" : "=h"(*r) : "l"(global_address(p))__VA_ARGS__);                        \
   }
-#define BN_EXT_STORE(NAME, PTX)                                                                       \
-  __device__ __forceinline__ void NAME(void* p, uint4 r) {                                            \
-    asm volatile(PTX ".v4.u32 [%4], {%0, %1, %2, %3};" ::"r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w),      \
-                 "l"(global_address(p))                                                               \
-                 : "memory");                                                                         \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(void* p, uint2 r) {                                            \
+#define BN_EXT_STORE(NAME, PTX)                                                                          \
+  __device__ __forceinline__ void NAME(void* p, uint4 r) {                                               \
+    asm volatile(PTX ".v4.u32 [%4], {%0, %1, %2, %3};" ::"r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w),         \
+                 "l"(global_address(p))                                                                  \
+                 : "memory");                                                                            \
+  }                                                                                                      \
+  __device__ __forceinline__ void NAME(void* p, uint2 r) {                                               \
     asm volatile(PTX ".v2.u32 [%2], {%0, %1};" ::"r"(r.x), "r"(r.y), "l"(global_address(p)) : "memory"); \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(void* p, unsigned int r) {                                     \
-    asm volatile(PTX ".u32 [%1], %0;" ::"r"(r), "l"(global_address(p)) : "memory");                   \
-  }                                                                                                   \
-  __device__ __forceinline__ void NAME(void* p, unsigned short r) {                                   \
-    asm volatile(PTX ".u16 [%1], %0;" ::"h"(r), "l"(global_address(p)) : "memory");                   \
+  }                                                                                                      \
+  __device__ __forceinline__ void NAME(void* p, unsigned int r) {                                        \
+    asm volatile(PTX ".u32 [%1], %0;" ::"r"(r), "l"(global_address(p)) : "memory");                      \
+  }                                                                                                      \
+  __device__ __forceinline__ void NAME(void* p, unsigned short r) {                                      \
+    asm volatile(PTX ".u16 [%1], %0;" ::"h"(r), "l"(global_address(p)) : "memory");                      \
   }
 
 BN_EXT_LOAD(load_default, "ld.global.nc")
@@ -114,7 +114,7 @@ __device__ __forceinline__ Vec<T, N> load(const T* p BN_EXT_SITE) {
   if constexpr (C == Cache::kDefault) detail::load_default(p, &word);
   if constexpr (C == Cache::kStreaming) detail::load_streaming(p, &word);
   if constexpr (C == Cache::kLastUse) detail::load_last_use(p, &word);
-  return detail::bits_of<Vec<T, N>>(word);
+  return detail::bits_of<Vec<T, N> >(word);
 #endif
 }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ Vec<T, N> load_coherent(const T* p BN_EXT_SITE) {
 #else
   typename detail::Word<sizeof(T) * N>::Type word;
   detail::load_visible(p, &word);
-  return detail::bits_of<Vec<T, N>>(word);
+  return detail::bits_of<Vec<T, N> >(word);
 #endif
 }
 
@@ -150,9 +150,10 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global BN_E
 #ifdef BN_EXT_SIMT
   simt::copy_async(shared, global, 16, site);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(detail::global_address(global))
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(detail::global_address(global))
+      : "memory");
 #else
   detail::load_streaming(global, static_cast<uint4*>(shared));
 #endif
