@@ -22,7 +22,8 @@ inline unsigned short simt_half_bits(double value) {
 }
 inline float simt_half_value(unsigned short bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float size = std::ldexp(static_cast<float>(exponent == 0 ? fraction : fraction + 1024), exponent < 2 ? -24 : exponent - 25);
+  float size =
+      std::ldexp(static_cast<float>(exponent == 0 ? fraction : fraction + 1024), exponent < 2 ? -24 : exponent - 25);
   if (exponent == 31) size = fraction == 0 ? HUGE_VALF : NAN;
   return bits & 0x8000 ? -size : size;
 }

@@ -91,7 +91,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_HERE) 
 
 // ---- atomics: one thread runs at a time, so plain updates are atomic ----
 template <typename T, typename F>
-T simt_atomic(T* address, F update, SIMT_HERE) {
+T simt_atomic(T* address, simt::Site site, F update) {
   simt::preempt();
   const T old = *address;
   *address = update(old);
@@ -103,31 +103,30 @@ T simt_atomic(T* address, F update, SIMT_HERE) {
   }
   return old;
 }
-#define SIMT_ATOMIC(T)                                                                                             \
-  inline T atomicAdd(T* p, T v) { return simt_atomic(p, [=](T old) { return static_cast<T>(old + v); }); }          \
-  inline T atomicExch(T* p, T v) { return simt_atomic(p, [=](T) { return v; }); }
-#define SIMT_ATOMIC_INTEGER(T)                                                                                     \
-  SIMT_ATOMIC(T)                                                                                                   \
-  inline T atomicMax(T* p, T v) { return simt_atomic(p, [=](T old) { return std::max(old, v); }); }                 \
-  inline T atomicMin(T* p, T v) { return simt_atomic(p, [=](T old) { return std::min(old, v); }); }                 \
-  inline T atomicOr(T* p, T v) { return simt_atomic(p, [=](T old) { return old | v; }); }                           \
-  inline T atomicAnd(T* p, T v) { return simt_atomic(p, [=](T old) { return old & v; }); }                          \
-  inline T atomicCAS(T* p, T compare, T v) { return simt_atomic(p, [=](T old) { return old == compare ? v : old; }); }
+#define SIMT_ATOMIC(T, name, result)                                 \
+  inline T name(T* p, T v, SIMT_HERE) {                              \
+    return simt_atomic(p, site, [=](T old) -> T { return result; }); \
+  }
+#define SIMT_ATOMIC_INTEGER(T)                                                    \
+  SIMT_ATOMIC(T, atomicAdd, old + v)                                              \
+  SIMT_ATOMIC(T, atomicSub, old - v)                                              \
+  SIMT_ATOMIC(T, atomicExch, (static_cast<void>(old), v))                         \
+  SIMT_ATOMIC(T, atomicMax, std::max(old, v))                                     \
+  SIMT_ATOMIC(T, atomicMin, std::min(old, v))                                     \
+  SIMT_ATOMIC(T, atomicOr, old | v)                                               \
+  SIMT_ATOMIC(T, atomicAnd, old& v)                                               \
+  inline T atomicCAS(T* p, T compare, T v, SIMT_HERE) {                           \
+    return simt_atomic(p, site, [=](T old) { return old == compare ? v : old; }); \
+  }
 SIMT_ATOMIC_INTEGER(int)
 SIMT_ATOMIC_INTEGER(unsigned int)
 SIMT_ATOMIC_INTEGER(unsigned long long)
-SIMT_ATOMIC(float)
-SIMT_ATOMIC(double)
+SIMT_ATOMIC(float, atomicAdd, old + v)
+SIMT_ATOMIC(double, atomicAdd, old + v)
+SIMT_ATOMIC(unsigned int, atomicInc, old >= v ? 0u : old + 1u)
+SIMT_ATOMIC(unsigned int, atomicDec, old == 0u || old > v ? v : old - 1u)
 #undef SIMT_ATOMIC_INTEGER
 #undef SIMT_ATOMIC
-inline unsigned atomicSub(unsigned* p, unsigned v) { return atomicAdd(p, 0u - v); }
-inline int atomicSub(int* p, int v) { return atomicAdd(p, -v); }
-inline unsigned atomicInc(unsigned* p, unsigned last) {
-  return simt_atomic(p, [=](unsigned old) { return old >= last ? 0u : old + 1u; });
-}
-inline unsigned atomicDec(unsigned* p, unsigned last) {
-  return simt_atomic(p, [=](unsigned old) { return old == 0u || old > last ? last : old - 1u; });
-}
 
 // ---- cached loads and stores of values that the traffic counters leave out ----
 #define SIMT_LOAD(name) \
@@ -135,10 +134,10 @@ inline unsigned atomicDec(unsigned* p, unsigned last) {
   T name(const T* p) {  \
     return *p;          \
   }
-#define SIMT_STORE(name)        \
-  template <typename T>         \
-  void name(T* p, T v) {        \
-    *p = v;                     \
+#define SIMT_STORE(name) \
+  template <typename T>  \
+  void name(T* p, T v) { \
+    *p = v;              \
   }
 SIMT_LOAD(__ldg)
 SIMT_LOAD(__ldca)
@@ -169,7 +168,7 @@ inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 inline float rsqrt(float a) { return rsqrtf(a); }
 inline double rsqrt(double a) { return 1.0 / std::sqrt(a); }
 
-#define SIMT_MIN_MAX(T)                          \
+#define SIMT_MIN_MAX(T)                            \
   inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
@@ -189,18 +188,16 @@ inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline int __clzll(long long v) { return v == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(v)); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
-#define SIMT_BITS(To, From, name)      \
-  inline To name(From v) {             \
-    To r;                              \
-    std::memcpy(&r, &v, sizeof(r));    \
-    return r;                          \
+#define SIMT_BITS(To, From, name)   \
+  inline To name(From v) {          \
+    To r;                           \
+    std::memcpy(&r, &v, sizeof(r)); \
+    return r;                       \
   }
 SIMT_BITS(int, float, __float_as_int)
 SIMT_BITS(float, int, __int_as_float)
