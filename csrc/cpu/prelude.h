@@ -120,17 +120,28 @@ inline void store_element(const VectorRef& v, int64_t i, double value) {
   }
 }
 
-// Uninitialised memory for a call's intermediate results, aligned for any vector.
+// Uninitialised memory for a call's intermediate results, aligned for any vector. Small requests share one buffer a
+// thread: a small allocation beside the large output makes the C library's next output land on colder memory. At most
+// one lives at a time in a thread, as kernels do not call each other.
 class Scratch {
  public:
-  explicit Scratch(int64_t doubles) : memory_(new double[doubles + 8]) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<double*>((address + 63) & ~uintptr_t(63));
+  explicit Scratch(int64_t doubles) {
+    if (doubles <= kKept) {
+      static thread_local std::unique_ptr<double[]> kept(new double[kKept + 8]);
+      data_ = align(kept.get());
+    } else {
+      own_.reset(new double[doubles + 8]);
+      data_ = align(own_.get());
+    }
   }
   double* data() const { return data_; }
 
  private:
-  std::unique_ptr<double[]> memory_;
+  static constexpr int64_t kKept = 16384;
+  static double* align(double* p) {
+    return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63));
+  }
+  std::unique_ptr<double[]> own_;
   double* data_;
 };
 
