@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import report
 from contenders import Bench, Disagreement, check_agreement
-from environment import facts
+from environment import MEMORY, facts, set_memory
 from grid import CONTENDERS, FULL, MODES, QUICK, Point, least_bytes, select
 from timing import Clock, Plan, Times, cpu_clock, race
 from timing_cuda import cuda_clock, input_sets
@@ -50,7 +50,7 @@ class Runner:
         self.deadline = time.perf_counter() + QUICK_SECONDS if args.quick else None
         cuda = self.device.type == "cuda"
         self.clock: Clock = cuda_clock(self.device) if cuda else cpu_clock
-        self.shared = facts(self.device)
+        self.shared = facts(self.device, args.memory)
         load = self.shared["load_average"]
         if isinstance(load, float) and load > 0.5:
             log.print(f"the machine was busy before the start (load average {load:.1f}): expect noise")
@@ -153,6 +153,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it compiles for minutes")
+    parser.add_argument(
+        "--memory",
+        choices=MEMORY,
+        default="default",
+        help="how the C library serves large tensors: see bench/README.md",
+    )
     parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: tables and plot of a result file")
     args = parser.parse_args(argv)
     args.modes = args.modes.split(",")
@@ -173,6 +179,7 @@ def run(args: argparse.Namespace, log: Console) -> list[report.Record]:
     """Measure all that was asked for; every line goes to the result file as soon as it is there."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    set_memory(args.memory)
     torch.manual_seed(0)
     runner = Runner(args, log)
     found: list[report.Record] = []
@@ -205,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:
             found = run(args, log)
-    except Disagreement as error:
+    except (Disagreement, OSError) as error:
         log.print(f"error: {error}", markup=False)
         return 1
     report.show(found, out)

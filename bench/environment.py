@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -48,7 +49,31 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def facts(device: torch.device) -> dict[str, object]:
+MEMORY = ("default", "fresh", "recycled")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+
+
+def set_memory(policy: str) -> None:
+    """Let the C library serve large tensors as `policy` says, for every contender alike.
+
+    By default glibc gives outputs of a few to some 60 MB sometimes recycled memory, sometimes fresh pages, by what was
+    allocated before; the same call then differs by a factor of four. "fresh" maps every tensor from 1 MB up anew, as
+    happens at the start of a process and for the largest ones always; "recycled" keeps all memory that was freed, as
+    pooling allocators do. Raises OSError where there is no glibc.
+    """
+    if policy == "default":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError) as error:
+        raise OSError(f"--memory {policy} needs glibc's mallopt: {error}") from error
+    settings = {_M_MMAP_THRESHOLD: 1 << 20} if policy == "fresh" else {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
+    for option, value in settings.items():
+        if mallopt(option, value) != 1:
+            raise OSError(f"--memory {policy}: mallopt({option}, {value}) was refused")
+
+
+def facts(device: torch.device, memory: str = "default") -> dict[str, object]:
     """The keys that every measurement of this run shares."""
     cuda = device.type == "cuda"
     return {
@@ -61,6 +86,7 @@ def facts(device: torch.device) -> dict[str, object]:
         "isa": bn_ext._C.isa_level(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "huge_pages": huge_pages(),
+        "memory": memory,
         "load_average": load_average(),
         "python": platform.python_version(),
         "commit": commit(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,25 @@ def test_cuda_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ("--quick", "--filter", "32x64*", "--device", "cuda")
     found = measure(monkeypatch, tmp_path / "r.jsonl", *arguments)
     assert found and all(line["median_us"] > 0 and line["cuda"] for line in found)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the policy is glibc's mallopt")
+def test_memory_policies_change_where_large_outputs_land() -> None:
+    """Ten outputs of 16 MB, one after the other: recycled memory is faulted in once, fresh memory every time."""
+    script = """
+import resource, sys, torch, environment
+environment.set_memory(sys.argv[1])
+x = torch.ones(1 << 22)
+x.relu()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    x.relu()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for policy in ("fresh", "recycled"):
+        command = [sys.executable, "-c", script, policy]
+        folder = Path(environment.__file__).parent
+        faults[policy] = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout)
+    # A 16 MB output has 4096 small pages, or 8 huge ones where the system uses them unasked.
+    assert faults["recycled"] < 8 <= faults["fresh"] / 10
