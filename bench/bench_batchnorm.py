@@ -157,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--memory",
         choices=MEMORY,
         default="default",
-        help="how the C library serves large tensors: see bench/README.md",
+        help="how the C library serves large tensors (bench/README.md)",
     )
     parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: tables and plot of a result file")
     args = parser.parse_args(argv)
