@@ -31,14 +31,18 @@ BN_HD void split(W value_hi, W value_lo, A* hi, A* lo) {
   *lo = is_finite(rest) ? static_cast<A>(rest + value_lo) : A(0);
 }
 
-// W is the wide type (double on the CPU), A the type that the element-wise pass computes in.
+// W is the wide type (double on the CPU), A the type that the element-wise pass computes in. A mean within one standard
+// deviation of zero moves into shift, where it cancels nothing: mean_hi = 0 then lets the pass leave the subtraction
+// out.
 template <typename A, typename W>
-BN_HD Normalise<A> normalise_coefficients(A mean_hi, A mean_lo, W invstd, W weight, W bias) {
+BN_HD Normalise<A> normalise_coefficients(A mean_hi, A mean_lo, W variance, W invstd, W weight, W bias) {
   Normalise<A> r;
-  const W scale = invstd * weight;
-  r.mean_hi = mean_hi;
+  const W scale = invstd * weight, mean = static_cast<W>(mean_hi) + static_cast<W>(mean_lo);
+  const bool fold = mean * mean <= variance;
+  r.mean_hi = fold ? A(0) : mean_hi;
   r.scale = static_cast<A>(scale);
-  r.shift = static_cast<A>(bias - static_cast<W>(mean_lo) * scale);
+  // With scale as it is rounded, so that both terms of x * scale + shift carry the same one.
+  r.shift = static_cast<A>(bias - (fold ? mean : static_cast<W>(mean_lo)) * static_cast<W>(r.scale));
   return r;
 }
 

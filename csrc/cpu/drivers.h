@@ -30,9 +30,9 @@ inline double inverse_std(double variance, double eps) { return 1.0 / std::sqrt(
 
 template <class T>
 inline void set_normalise(const NormaliseCoefficients<T>& out, int64_t c, Scalar<T> mean_hi, Scalar<T> mean_lo,
-                          double invstd, const VectorRef& weight, const VectorRef& bias) {
-  const auto k = normalise_coefficients<Scalar<T>, double>(mean_hi, mean_lo, invstd, load_element(weight, c, 1.0),
-                                                           load_element(bias, c, 0.0));
+                          double variance, double invstd, const VectorRef& weight, const VectorRef& bias) {
+  const auto k = normalise_coefficients<Scalar<T>, double>(mean_hi, mean_lo, variance, invstd,
+                                                           load_element(weight, c, 1.0), load_element(bias, c, 0.0));
   out.row(0)[c] = k.mean_hi;
   out.row(1)[c] = k.scale;
   out.row(2)[c] = k.shift;
@@ -48,7 +48,7 @@ inline void finish_channel(const ForwardArgs& a, const Partials& partials, doubl
   Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
   split(mean_hi, mean_lo, saved, saved + a.shape.c);
   saved[2 * a.shape.c] = static_cast<Scalar<T>>(invstd);
-  set_normalise<T>(coefficients, c, saved[0], saved[a.shape.c], invstd, a.weight, a.bias);
+  set_normalise<T>(coefficients, c, saved[0], saved[a.shape.c], variance, invstd, a.weight, a.bias);
   if (a.running_mean) {
     store_element(a.running_mean, c, running_update(load_element(a.running_mean, c), mean_hi, momentum));
   }
@@ -102,8 +102,8 @@ inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
     for (int64_t c = b; c < e; ++c) {
       Scalar<T> hi, lo;
       split(load_element(a.running_mean, c), 0.0, &hi, &lo);
-      const double invstd = inverse_std(load_element(a.running_var, c), a.eps);
-      set_normalise<T>(coefficients, c, hi, lo, invstd, a.weight, a.bias);
+      const double variance = load_element(a.running_var, c);
+      set_normalise<T>(coefficients, c, hi, lo, variance, inverse_std(variance, a.eps), a.weight, a.bias);
     }
   });
   const Reader<T> x(g, 1, a.x.data);
@@ -167,7 +167,7 @@ inline void scale_gradient(const BackwardArgs& a, const ChannelState& s, Scalar<
   const Geometry g = make_geometry(a.shape, operands, 2);
   const NormaliseCoefficients<T> coefficients{memory, g.channels};
   for (int64_t c = 0; c < g.channels; ++c) {
-    set_normalise<T>(coefficients, c, 0, 0, s.invstd[c], a.weight, VectorRef());
+    set_normalise<T>(coefficients, c, 0, 0, 0, s.invstd[c], a.weight, VectorRef());
   }
   const Reader<T> dy(g, 1, a.dy.data);
   T* dx = static_cast<T*>(a.dx.data);
