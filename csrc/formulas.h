@@ -4,10 +4,12 @@
 // Backward  dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale      (training: batch statistics)
 //           dx = dy * scale                                                   (evaluation: fixed statistics)
 // with  invstd = 1 / sqrt(var + eps),  dy_hi + dy_lo = mean(dy),  k = mean(dy * (x - mean)) * invstd^2,
-//       slope = k * scale,  offset = (mean_lo * k - dy_lo) * scale.
+//       slope = k,  offset = mean_lo * k - dy_lo.
 // It is Ioffe & Szegedy 2015's gradient with mean and mean(dy) carried as hi + lo: the low words cost nothing per
 // element.
 #pragma once
+
+#include <string.h>
 
 #include "welford.h"
 
@@ -59,6 +61,37 @@ BN_HD Gradient<A> gradient_coefficients(A mean_hi, A mean_lo, W invstd, W weight
   r.slope = static_cast<A>(k);
   r.offset = static_cast<A>(static_cast<W>(mean_lo) * k - static_cast<W>(dy_lo));
   return r;
+}
+
+// What a reduction subtracts from x in place of the mean: sum(dy * (x - mean)) = sum(dy * (x - k)) - (mean - k) *
+// sum(dy). The difference x - mean has, for all x of one binade, the same rounding error, which a sum over many values
+// adds up; x - k has none, or a random one, where the last bit of k is no finer than the last bits of the differences.
+// So k is the mean without its last 6 bits or, where it is smaller than the standard deviation, rounded to 2^-20
+// (double: 2^-45) of that. eps is part of invstd: of a variance far below eps, k is the nearer to the mean the larger
+// that is.
+template <typename A, typename Bits>
+BN_HD A masked(A value, Bits mask) {
+  Bits bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits &= mask;
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+template <typename A>
+BN_HD A coarse_shift(A mean_hi, A invstd) {
+  const A ratio = mean_hi * invstd;
+  A power;  // of two, of invstd
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (ratio > A(1) || ratio < A(-1)) return masked(mean_hi, ~63u);
+    power = masked(invstd, 0x7f800000u);
+  } else {
+    if (ratio > A(1) || ratio < A(-1)) return masked(mean_hi, ~63ull);
+    power = masked(invstd, 0x7ff0000000000000ull);
+  }
+  if (!(power > A(0))) return A(0);
+  // A number whose last bit is the wanted one takes the finer ones away.
+  const A large = (sizeof(A) == sizeof(float) ? A(12) : A(192)) / power;
+  return (mean_hi + large) - large;
 }
 
 // running = (1 - momentum) * running + momentum * batch, as nn.BatchNorm1d defines momentum.

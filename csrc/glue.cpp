@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
+#include <torch/version.h>
 
 #include <charconv>
 #include <initializer_list>
@@ -87,10 +88,15 @@ std::string size_text(const Tensor& input) {
 }
 
 void check_eps(double eps, bool training) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 12
+  (void)training;
+  TORCH_CHECK_VALUE(!(eps <= 0), "batch_norm eps must be positive, but got ", repr(eps));
+#else
   if (training) {
     TORCH_CHECK_VALUE(!(eps <= 0), "batch_norm eps must be positive during training, but got ", repr(eps));
   }
   TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", repr(eps));
+#endif
 }
 
 // The checks and allocations that both backward operators share; a gradient that is not wanted has no elements.

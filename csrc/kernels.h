@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace bn_ext {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -14,14 +16,14 @@ inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DT
 // (N, C, L); an (N, C) tensor has l = 1.
 struct Shape {
   int64_t n = 0, c = 0, l = 1;
-  int64_t count() const { return n * l; }
-  int64_t numel() const { return n * c * l; }
+  BN_HD int64_t count() const { return n * l; }
+  BN_HD int64_t numel() const { return n * c * l; }
 };
 
 struct TensorRef {
   void* data = nullptr;
   int64_t stride_n = 0, stride_c = 0, stride_l = 0;
-  explicit operator bool() const { return data != nullptr; }
+  BN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // A per-channel vector of any floating type; data == nullptr where the module has none.
@@ -29,7 +31,7 @@ struct VectorRef {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t stride = 1;
-  explicit operator bool() const { return data != nullptr; }
+  BN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 struct ForwardArgs {

@@ -21,7 +21,6 @@ struct Strides {
 };
 
 constexpr int kMaxOperands = 3;
-constexpr int64_t kFoldColumns = 64;    // fewer columns than this are joined across rows
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
 constexpr int64_t kChunkElements = 131072;
@@ -75,8 +74,13 @@ struct Geometry {
 
 inline Strides strides_of(const TensorRef& t) { return Strides{t.stride_n, t.stride_c, t.stride_l}; }
 
+// When rows are joined: until a row has `columns` of them and is a multiple of `multiple`, within `limit`.
+struct Fold {
+  int64_t columns = 64, multiple = 16, limit = kBlockColumns;
+};
+
 // operands[0] is the lead. Sizes are at least 1.
-inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int count) {
+inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int count, const Fold& fold = {}) {
   Geometry g;
   g.outer = shape.n;
   g.channels = shape.c;
@@ -105,8 +109,8 @@ inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int
     g.columns = true;
     g.rows = g.outer * g.inner;
     if (g.outer == 1) {
-      while ((g.fold * g.channels < kFoldColumns || g.fold * g.channels % 16 != 0) &&
-             g.fold * 2 * g.channels <= kBlockColumns) {
+      while ((g.fold * g.channels < fold.columns || g.fold * g.channels % fold.multiple != 0) &&
+             g.fold * 2 * g.channels <= fold.limit) {
         g.fold *= 2;
       }
       g.tail_cols = g.rows % g.fold * g.channels;

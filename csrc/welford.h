@@ -6,11 +6,7 @@
 // deviation.
 #pragma once
 
-#if defined(__CUDACC__) || defined(BN_EXT_SIMT)
-#define BN_HD __host__ __device__ inline
-#else
-#define BN_HD inline
-#endif
+#include "host_device.h"
 
 namespace bn_ext {
 
@@ -52,6 +48,14 @@ BN_HD Moments<A> from_shifted_sums(A count, A shift, A s1, A s2) {
   return r;
 }
 
+// hi + lo += value, what rounding takes from hi kept in lo.
+template <typename A>
+BN_HD void add_compensated(A* hi, A* lo, A value_hi, A value_lo) {
+  A error;
+  two_sum(*hi, value_hi, hi, &error);
+  *lo += error + value_lo;
+}
+
 // Chan's merge. `a` comes first: the result depends on the order only by rounding, so callers keep the order fixed.
 template <typename A>
 BN_HD Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
@@ -69,6 +73,51 @@ BN_HD Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
   r.mean_lo = is_finite(delta) ? lo : A(0);
   r.m2 = a.m2 + b.m2 + delta * delta * (a.count * fraction);
   return r;
+}
+
+// Running mean and M2 of a stream that arrives in batches, each summed as differences from the running mean of before:
+// Welford's update with a batch in the place of one value, so its division is paid once a batch. mean = shift + offset;
+// shift stays finite, so that an infinite value makes the mean infinite, as a sum would, and not NaN.
+template <typename A>
+struct Running {
+  A shift = 0;   // what the next batch subtracts
+  A offset = 0;  // mean - shift
+  A m2 = 0;
+};
+
+// A batch of n values after `count` others: s1 = sum(x - shift), s2 = sum((x - shift)^2). The caller divides once for
+// many channels: fraction = n / (count + n), reciprocal = 1 / n.
+template <typename A>
+BN_HD void absorb(Running<A>* r, A count, A fraction, A reciprocal, A s1, A s2) {
+  const A mean = s1 * reciprocal, delta = mean - r->offset, m2 = s2 - s1 * mean;
+  r->m2 += (m2 < A(0) ? A(0) : m2) + delta * delta * (count * fraction);
+  r->offset = r->offset * (A(1) - fraction) + mean * fraction;
+  A hi, lo;
+  two_sum(r->shift, r->offset, &hi, &lo);
+  if (is_finite(hi)) {
+    r->shift = hi;
+    r->offset = lo;
+  }
+}
+
+// Many moments into one, without a division for each: Chan's merge of all at once, by sums shifted by a mean among
+// them. The sum that makes the mean is s1 + s1_lo: of equal addends every one would round alike.
+template <typename A>
+struct Pool {
+  A shift = 0;  // finite
+  A count = 0, s1 = 0, s1_lo = 0, s2 = 0;
+};
+template <typename A>
+BN_HD void add(Pool<A>* p, const Moments<A>& m) {
+  const A d = (m.mean_hi - p->shift) + m.mean_lo, weighted = m.count * d;
+  p->count += m.count;
+  p->s2 += m.m2 + weighted * d;
+  add_compensated(&p->s1, &p->s1_lo, weighted, A(0));
+}
+template <typename A>
+BN_HD Moments<A> moments_of(const Pool<A>& p) {
+  if (p.count == A(0)) return Moments<A>();
+  return from_shifted_sums(p.count, p.shift, p.s1 + p.s1_lo, p.s2);
 }
 
 // One value into the running moments (Welford's update).

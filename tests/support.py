@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -125,9 +126,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 # ---- modules and one step through them ----
 
 
+# torch 2.11's constructor does not know bias yet.
+BIAS_OPTION = "bias" in inspect.signature(nn.BatchNorm1d).parameters
+
+
+def make(cls: type[nn.BatchNorm1d], *arguments: Any, bias: bool = True, **options: Any) -> nn.BatchNorm1d:
+    """cls(...), with bias=False also where the constructor is too old to know it."""
+    if BIAS_OPTION:
+        return cls(*arguments, bias=bias, **options)
+    module = cls(*arguments, **options)
+    if not bias:
+        module.bias = None
+    return module
+
+
 def module_for(cls: type[nn.BatchNorm1d], channels: int, device: str = "cpu", **options: Any) -> nn.BatchNorm1d:
     """A module whose parameters and buffers are not the trivial 1 and 0, the same for every class."""
-    module = cls(channels, device=device, **options)
+    module = make(cls, channels, device=device, **options)
     with torch.no_grad():
         line = torch.linspace(-1, 1, channels, device=device, dtype=torch.float64)
         if module.weight is not None:
@@ -207,10 +222,16 @@ def expected_step(module: nn.BatchNorm1d, x: Tensor, grad_output: Tensor | None,
     )  # fmt: skip
 
 
-def assert_step(result: Step, ref: Reference, dtype: torch.dtype) -> None:
-    """Every tensor of the step within the error model of reference.py, in the right type."""
-    assert result.output is not None and result.output.dtype == dtype
-    assert_within(result.output, ref.output, output_tolerance(ref, dtype), "output")
+class Gradients(Protocol):
+    """What holds the gradients of one backward; None where one was not wanted."""
+
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+
+def assert_gradients(result: Gradients, ref: Reference, dtype: torch.dtype) -> None:
+    """Every gradient that is there within the error model of reference.py, grad_input in the type of the input."""
     if result.grad_input is not None:
         assert ref.grad_input is not None and result.grad_input.dtype == dtype
         assert_within(result.grad_input, ref.grad_input, grad_input_tolerance(ref, dtype), "grad input")
@@ -221,6 +242,13 @@ def assert_step(result: Step, ref: Reference, dtype: torch.dtype) -> None:
         if mine is not None:
             assert right is not None
             assert_within(mine, right, grad_param_tolerance(ref, which, dtype, mine.dtype), f"grad {which}")
+
+
+def assert_step(result: Step, ref: Reference, dtype: torch.dtype) -> None:
+    """Every tensor of the step within the error model of reference.py, in the right type."""
+    assert result.output is not None and result.output.dtype == dtype
+    assert_within(result.output, ref.output, output_tolerance(ref, dtype), "output")
+    assert_gradients(result, ref, dtype)
     if ref.training and ref.running_mean is not None and ref.running_var is not None:
         for which, mine, right in (
             ("mean", result.running_mean, ref.running_mean),

@@ -45,7 +45,8 @@ def tiny_tree(folder: Path) -> Path:
     # as after a build in place, whose leavings must stay out of what is packed
     shutil.copytree(PACKAGE, folder / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc" / "bindings.cpp", folder / "csrc")
+    for name in ("bindings.cpp", "plan.cpp", "plan.h", "kernels.h", "layout.h", "host_device.h"):
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
     (folder / "csrc" / "ops.cpp").write_text(TINY_OPS)
     (folder / "csrc" / "part.h").write_text("#pragma once\n")
     return folder
@@ -216,7 +217,7 @@ def test_cuda_sources_are_wired(tmp_path: Path) -> None:
     done = run(sys.executable, "-c", CUDA_PLAN, home, cwd=tree, TORCH_CUDA_ARCH_LIST="")
     planned: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     assert planned["cuda"] is True
-    assert {"csrc/bindings.cpp", "csrc/ops.cpp", "csrc/cuda/kernels.cu", "csrc/cuda/glue.cpp"} == set(
+    assert {"csrc/bindings.cpp", "csrc/ops.cpp", "csrc/plan.cpp", "csrc/cuda/kernels.cu", "csrc/cuda/glue.cpp"} == set(
         planned["sources"]
     )
     assert ["WITH_CUDA", None] in planned["define_macros"]

@@ -1,5 +1,5 @@
 """CUDA sources run on the CPU: see README.md."""
 
-from .bridge import HERE, ROOT, LaunchError, Library, Session, build
+from .bridge import CACHE, HERE, ROOT, LaunchError, Library, Session, build
 
-__all__ = ["HERE", "ROOT", "LaunchError", "Library", "Session", "build"]
+__all__ = ["CACHE", "HERE", "ROOT", "LaunchError", "Library", "Session", "build"]

@@ -44,8 +44,9 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _headers() -> list[Path]:
-    found = [p for folder in (HERE, ROOT / "csrc") for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".inc")]
-    return sorted(found)
+    folders = (HERE, HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda")  # csrc/cpu is of no concern here
+    found = {p for folder in folders for p in folder.glob("*") if p.suffix in (".h", ".cuh", ".inc")}
+    return sorted(found | set((HERE / "include").rglob("*.h")))
 
 
 @functools.cache

@@ -45,6 +45,7 @@ long* field(const char* key) {
       {"sms_per_gpc", &model.sms_per_gpc},
       {"registers", &model.registers},
       {"static_shared", &model.static_shared},
+      {"cooperative", &model.cooperative},
   };
   for (const auto& [name, value] : fields) {
     if (strcmp(name, key) == 0) return value;
@@ -104,6 +105,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, u
     const auto& a = config.attrs[i];
     if (a.id == cudaLaunchAttributeCooperative) *cooperative = a.val.cooperative != 0;
   }
+  if (*cooperative && model.cooperative == 0) return cudaErrorNotSupported;
   *cluster = cluster_of(config);
   if (!cluster_fits(*cluster, kernel) || config.gridDim.x % *cluster != 0) return cudaErrorInvalidValue;
   int fit = blocks_per_sm(static_cast<int>(threads), config.dynamicSmemBytes) * static_cast<int>(model.sms);
@@ -195,7 +197,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int id)
       case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
         return model.shared_per_sm;
       case cudaDevAttrCooperativeLaunch:
-        return 1;
+        return model.cooperative;
       case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         return model.shared_per_block;
       case cudaDevAttrMaxBlocksPerMultiprocessor:
@@ -229,7 +231,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int id) {
   p->l2CacheSize = static_cast<int>(model.l2_bytes);
   p->major = static_cast<int>(model.cc_major);
   p->minor = static_cast<int>(model.cc_minor);
-  p->cooperativeLaunch = 1;
+  p->cooperativeLaunch = static_cast<int>(model.cooperative);
   p->maxGridSize[0] = 0x7fffffff;
   p->maxGridSize[1] = p->maxGridSize[2] = 65535;
   return cudaSuccess;

@@ -22,6 +22,7 @@ struct Device {
   long cc_major, cc_minor, sms, shared_per_sm, shared_per_block, threads_per_sm, blocks_per_sm, l2_bytes, sms_per_gpc;
   long registers;      // a thread, of every kernel: occupancy follows from it
   long static_shared;  // bytes a block, of every kernel: likewise
+  long cooperative = 1;
 };
 const Device& device();
 // cudaSuccess and the launch's cluster size and cooperative flag, or what CUDA would refuse it with.

@@ -1,0 +1,182 @@
+// Backward of training and of evaluation.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace bn_ext {
+namespace cuda {
+
+// dx = dy * scale
+template <typename T, int V, typename A>
+__device__ __forceinline__ Vec<T, V> scaled(const Vec<T, V>& dy, const A (&c)[1][V]) {
+  Vec<T, V> dx;
+#pragma unroll
+  for (int i = 0; i < V; ++i) dx[i] = narrow<T>(widen(dy[i]) * c[0][i]);
+  return dx;
+}
+
+// What both kinds share: sums of dy and of dy * (x - shift) by column.
+template <typename T, int V>
+struct GradientSums {
+  using Element = T;
+  using A = typename Accumulate<T>::Type;
+  using Args = BackwardArgs;
+  // As many rows at once as registers hold: sums, shifts and coefficients of 8 elements or of doubles leave fewer.
+  static constexpr int kVector = V, kInputs = 2, kUnroll = V > 4 || sizeof(A) == 8 ? 2 : 4, kBatch = 32;
+  static constexpr bool kMoments = false;
+  template <typename From, typename W>
+  using Merge = SumsPool<From, W>;
+
+  struct State {
+    A shift[V], dy[V], dot[V];  // of the batch
+    A all_dy[V], all_dot[V];    // of the batches before it: sums of sums, so that rounding grows with the root of each
+    int batch = 0;
+  };
+
+  static __device__ A shift_of(const Plan& p, const Args& a, int64_t channel) {
+    if (a.saved) {
+      const A* saved = static_cast<const A*>(a.saved);
+      return coarse_shift(saved[channel], saved[2 * p.channels + channel]);
+    }
+    const double variance = read(a.running_var, channel, 1);
+    return coarse_shift(static_cast<A>(read(a.running_mean, channel, 0)),
+                        static_cast<A>(inverse_std<A>(variance, a.eps)));
+  }
+
+  static __device__ void begin(State* s, const Plan& p, const Place<V>& place, const Args& a) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int64_t channel = place.channel(p, i);
+      s->shift[i] = place.active && channel < p.channels ? shift_of(p, a, channel) : A(0);
+      s->dy[i] = s->dot[i] = s->all_dy[i] = s->all_dot[i] = 0;
+    }
+  }
+
+  template <int U>
+  static __device__ __forceinline__ void add(State* s, const Chunk<T, V, 2, U>& chunk, int rows) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u < rows) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const A dy = widen(chunk.v[u][0][i]);
+          s->dy[i] += dy;
+          s->dot[i] += dy * (widen(chunk.v[u][1][i]) - s->shift[i]);
+        }
+      }
+    }
+    s->batch += rows;
+    if (s->batch >= kBatch) flush(s);
+  }
+
+  static __device__ void flush(State* s) {
+    s->batch = 0;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      s->all_dy[i] += s->dy[i];
+      s->all_dot[i] += s->dot[i];
+      s->dy[i] = s->dot[i] = 0;
+    }
+  }
+
+  static __device__ Partial<A> partial(State* s, int i, bool has_tail, const Vec<T, 1> (&tail)[2]) {
+    Partial<A> r{{s->all_dy[i], A(0), s->all_dot[i], A(0)}};
+    if (has_tail) {
+      const A dy = widen(tail[0][0]);
+      add_compensated(&r[0], &r[1], dy, A(0));
+      add_compensated(&r[2], &r[3], dy * (widen(tail[1][0]) - s->shift[i]), A(0));
+    }
+    return r;
+  }
+
+  // Gradients of the parameters from sum_dy and the dot product with x - mean.
+  static __device__ void put_parameters(const Args& a, int64_t channel, double sum_dy, double dot, double invstd) {
+    write(a.grad_bias, channel, sum_dy);
+    write(a.grad_weight, channel, dot * invstd);
+  }
+};
+
+// dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale
+template <typename T, int V>
+struct Backward : GradientSums<T, V> {
+  using Sums = GradientSums<T, V>;
+  using A = typename Sums::A;
+  using Args = BackwardArgs;
+  static constexpr bool kOnePass = false;
+  static constexpr int kCoefficients = 5;
+
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[5][V]) {
+    Vec<T, V> dx;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A centred = (widen(in[0][i]) - c[1][i]) + c[4][i];
+      dx[i] = narrow<T>((centred - (widen(in[1][i]) - c[0][i]) * c[3][i]) * c[2][i]);
+    }
+    return dx;
+  }
+
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
+                                int j, int channels, int lane, bool owner, double, A* out) {
+    if (!valid || lane != 0) return;
+    const A* saved = static_cast<const A*>(a.saved);
+    const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
+    const double sum_dy = total[0] + total[1];
+    const double beyond = (static_cast<double>(hi) - static_cast<double>(coarse_shift(hi, invstd))) + lo;
+    const double dot = (total[2] + total[3]) - beyond * sum_dy;
+    if (a.dx) {
+      const auto g = gradient_coefficients<A, double>(hi, lo, invstd, read(a.weight, channel, 1), sum_dy, dot,
+                                                      static_cast<double>(p.count));
+      const A c[5] = {g.mean_hi, g.dy_hi, g.scale, g.slope, g.offset};
+      for (int k = 0; k < 5; ++k) out[k * channels + j] = c[k];
+    }
+    if (owner) Sums::put_parameters(a, channel, sum_dy, dot, invstd);
+  }
+};
+
+// dx is written while the sums are made.
+template <typename T, int V>
+struct EvaluationBackward : GradientSums<T, V> {
+  using Sums = GradientSums<T, V>;
+  using A = typename Sums::A;
+  using Args = BackwardArgs;
+  static constexpr bool kOnePass = true;
+  static constexpr int kCoefficients = 1;
+
+  static __device__ double invstd_of(const Args& a, int64_t channel) {
+    return inverse_std<A>(read(a.running_var, channel, 1), a.eps);
+  }
+  static __device__ A scale_of(const Args& a, int64_t channel) {
+    return static_cast<A>(invstd_of(a, channel) * read(a.weight, channel, 1));
+  }
+
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[1][V]) {
+    return scaled(in[0], c);
+  }
+
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
+                                int, int, int lane, bool owner, double, A*) {
+    if (!valid || lane != 0 || !owner) return;
+    const double sum_dy = total[0] + total[1], mean = read(a.running_mean, channel, 0);
+    const double dot = (total[2] + total[3]) - (mean - static_cast<double>(Sums::shift_of(p, a, channel))) * sum_dy;
+    Sums::put_parameters(a, channel, sum_dy, dot, invstd_of(a, channel));
+  }
+};
+
+// Evaluation backward where only dx is wanted: x is not read.
+template <typename T, int V>
+struct EvaluationScale {
+  using Element = T;
+  using A = typename Accumulate<T>::Type;
+  using Args = BackwardArgs;
+  static constexpr int kVector = V, kInputs = 1, kCoefficients = 1, kUnroll = 4;
+
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[1][V]) {
+    return scaled(in[0], c);
+  }
+  static __device__ void coefficients(const Args& a, int64_t channel, int j, int, A* out) {
+    out[j] = EvaluationBackward<T, V>::scale_of(a, channel);
+  }
+};
+
+}  // namespace cuda
+}  // namespace bn_ext

@@ -1,0 +1,112 @@
+// CUDA kernels of the operators: device, stream, workspace, launch errors.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "glue.h"
+#include "launch.h"
+
+namespace bn_ext {
+namespace cuda {
+namespace {
+
+// Figures of a device, asked for once.
+Device device_figures(c10::DeviceIndex index) {
+  static std::mutex mutex;
+  static std::vector<Device> known(static_cast<size_t>(c10::cuda::device_count()), Device{0});
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& device = known.at(static_cast<size_t>(index));
+  if (device.capability == 0) C10_CUDA_CHECK(query_device(index, &device));
+  return device;
+}
+
+// Plans and launches on the current stream of the current device. The workspace goes back to the caching allocator at
+// once: what is allocated there next is ordered behind this launch by the stream.
+template <class Args, class PlanFor, class Launch>
+void plan_and_launch(const Tensor& input, const Args& args, const PlanFor& plan_for, const Launch& launch) {
+  Device device = device_figures(input.get_device());
+  const auto attempt = [&] {
+    const Plan plan = plan_for(args, device);
+    Tensor workspace;
+    void* memory = nullptr;
+    if (plan.workspace_bytes > 0) {
+      workspace = at::empty({plan.workspace_bytes}, input.options().dtype(at::kByte));
+      memory = workspace.mutable_data_ptr();
+    }
+    return launch(args, plan, memory, c10::cuda::getCurrentCUDAStream(input.get_device()));
+  };
+  cudaError_t error = attempt();
+  if (error == cudaErrorCooperativeLaunchTooLarge && device.cooperative) {
+    // Something (MPS, a debugger) keeps part of the device from us: the blocks cannot all wait for each other.
+    (void)cudaGetLastError();
+    device.cooperative = false;
+    error = attempt();
+  }
+  C10_CUDA_CHECK(error);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                              const OptionalTensor& running_var,
+                                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                                              double eps) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const ForwardCall call =
+      prepare_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
+  if (!call.empty) {
+    plan_and_launch(input, call.args, plan_forward, forward);
+  } else if (call.args.num_batches_tracked) {
+    Tensor(*num_batches_tracked).add_(1);  // an empty batch counts, as in nn.BatchNorm1d
+  }
+  return {call.output, call.saved};
+}
+
+Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const Tensor& running_mean, const Tensor& running_var, double eps) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const InferenceCall call = prepare_inference(input, weight, bias, running_mean, running_var, eps);
+  if (!call.empty) {
+    plan_and_launch(input, call.args, plan_inference,
+                    [](const InferenceArgs& args, const Plan& plan, void*, cudaStream_t stream) {
+                      return inference(args, plan, stream);
+                    });
+  }
+  return call.output;
+}
+
+Gradients run_backward(const Tensor& input, const BackwardCall& call) {
+  const BackwardArgs& a = call.args;
+  if (!call.empty && (a.dx || a.grad_weight || a.grad_bias)) plan_and_launch(input, a, plan_backward, backward);
+  return call.gradients();
+}
+
+Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                              const Tensor& saved, std::array<bool, 3> output_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  return run_backward(input, prepare_backward(grad_output, input, weight, saved, output_mask));
+}
+
+Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                        const Tensor& running_mean, const Tensor& running_var, double eps,
+                                        std::array<bool, 3> output_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  return run_backward(
+      input, prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
+}
+
+TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
+  m.impl("batch_norm_forward", batch_norm_forward);
+  m.impl("batch_norm_inference", batch_norm_inference);
+  m.impl("batch_norm_backward", batch_norm_backward);
+  m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bn_ext

@@ -1,0 +1,180 @@
+// Training forward, and the elementwise part that evaluation shares with it.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace bn_ext {
+namespace cuda {
+
+// y = (x - mean_hi) * scale + shift. Coefficients by column: mean_hi, scale, shift.
+template <typename T, int V>
+struct Affine {
+  using Element = T;
+  using A = typename Accumulate<T>::Type;
+  static constexpr int kVector = V, kInputs = 1, kCoefficients = 3;
+
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V]) {
+    Vec<T, V> y;
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = narrow<T>((widen(in[0][i]) - c[0][i]) * c[1][i] + c[2][i]);
+    return y;
+  }
+  static __device__ void put(A* coefficients, int channels, int j, const Normalise<A>& n) {
+    coefficients[j] = n.mean_hi;
+    coefficients[channels + j] = n.scale;
+    coefficients[2 * channels + j] = n.shift;
+  }
+};
+
+template <typename T, int V>
+struct Evaluation : Affine<T, V> {
+  using A = typename Affine<T, V>::A;
+  using Args = InferenceArgs;
+  static constexpr int kUnroll = 4;
+
+  static __device__ void coefficients(const Args& a, int64_t channel, int j, int channels, A* out) {
+    const double mean = read(a.running_mean, channel, 0), variance = read(a.running_var, channel, 1);
+    A hi, lo;
+    split(mean, 0.0, &hi, &lo);
+    const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
+    Affine<T, V>::put(
+        out, channels, j,
+        normalise_coefficients<A, double>(hi, lo, variance, inverse_std<A>(variance, a.eps), weight, bias));
+  }
+};
+
+template <typename T, int V>
+struct Forward : Affine<T, V> {
+  using A = typename Affine<T, V>::A;
+  using Args = ForwardArgs;
+  static constexpr bool kMoments = true, kOnePass = false;
+  static constexpr int kUnroll = V > 4 ? 4 : 8;  // as many loads in flight as the registers allow
+  static constexpr int kBatch = 32;              // rows summed as plain differences before they are absorbed
+  template <typename From, typename W>
+  using Merge = MomentsPool<From, W>;
+
+  struct State {
+    Running<A> running[V];
+    A s1[V], s2[V];
+    int count = 0, batch = 0;
+  };
+
+  static __device__ void begin(State* s, const Plan&, const Place<V>&, const Args&) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) s->s1[i] = s->s2[i] = 0;
+  }
+
+  // The first values' mean is the first shift: a single outlier among them is divided by their number.
+  template <int U>
+  static __device__ void first_shift(State* s, const Chunk<T, V, 1, U>& chunk, int rows) {
+    const A reciprocal = A(1) / static_cast<A>(rows);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      A sum = 0;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (u < rows) sum += widen(chunk.v[u][0][i]);
+      }
+      // Where their sum overflows one of them will do.
+      const A mean = sum * reciprocal, first = widen(chunk.v[0][0][i]);
+      s->running[i].shift = is_finite(mean) ? mean : is_finite(first) ? first : A(0);
+    }
+  }
+
+  template <int U>
+  static __device__ __forceinline__ void add(State* s, const Chunk<T, V, 1, U>& chunk, int rows) {
+    if (s->count + s->batch == 0) first_shift(s, chunk, rows);
+    A s1[V] = {}, s2[V] = {};  // of the chunk: sums of sums round less
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u < rows) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const A d = widen(chunk.v[u][0][i]) - s->running[i].shift;
+          s1[i] += d;
+          s2[i] += d * d;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      s->s1[i] += s1[i];
+      s->s2[i] += s2[i];
+    }
+    s->batch += rows;
+    // The first chunks are absorbed at once: their shift may be far from the mean of all that follows.
+    if (s->batch >= kBatch || s->count < U) flush(s);
+  }
+
+  static __device__ void flush(State* s) {
+    const A count = static_cast<A>(s->count), n = static_cast<A>(s->batch);
+    s->count += s->batch;
+    s->batch = 0;
+    const A fraction = n / static_cast<A>(s->count), reciprocal = A(1) / n;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      absorb(&s->running[i], count, fraction, reciprocal, s->s1[i], s->s2[i]);
+      s->s1[i] = s->s2[i] = 0;
+    }
+  }
+
+  // One value of column i alone.
+  static __device__ Partial<A> partial(State* s, int i, bool has_tail, const Vec<T, 1> (&tail)[1]) {
+    Running<A> r = s->running[i];
+    A count = static_cast<A>(s->count);
+    if (has_tail) {
+      const A value = widen(tail[0][0]);
+      if (s->count == 0) r.shift = is_finite(value) ? value : A(0);
+      const A d = value - r.shift;
+      absorb(&r, count, A(1) / (count + A(1)), A(1), d, d * d);
+      count += A(1);
+    }
+    const A sum = r.shift + r.offset;
+    return is_finite(sum) ? Partial<A>{{count, r.shift, r.offset, r.m2}} : Partial<A>{{count, sum, A(0), r.m2}};
+  }
+
+  // Sum of squared deviations in double, for float values whose squares overflow float. All lanes of a warp come here.
+  static __device__ double wide_m2(const Args& a, int64_t channel, bool wanted, double mean, int lane, int lanes) {
+    double sum = 0;
+    if (wanted) {
+      const T* x = static_cast<const T*>(a.x.data) + channel * a.x.stride_c;
+      for (int64_t i = lane; i < a.shape.count(); i += lanes) {
+        const int64_t n = i / a.shape.l, l = i % a.shape.l;
+        const double d = static_cast<double>(widen(load<1>(x + n * a.x.stride_n + l * a.x.stride_l)[0])) - mean;
+        sum += d * d;
+      }
+    }
+    return group_sum(sum, lanes);
+  }
+
+  // Statistics of one channel to coefficients, and, by the block that owns them, to what is kept.
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
+                                int j, int channels, int lane, bool owner, double momentum, A* out) {
+    const double mean = total[1] + total[2];
+    double m2 = total[3];
+    const bool overflow = valid && sizeof(A) == sizeof(float) && !(m2 <= 3e38) && is_finite(mean);
+    if (__any_sync(kAllLanes, overflow)) {
+      const double wide = wide_m2(a, channel, overflow, mean, lane, p.lanes);
+      if (overflow) m2 = wide;
+    }
+    if (!valid || lane != 0) return;
+    const double count = static_cast<double>(p.count), variance = m2 / count;
+    const double invstd = inverse_std<A>(variance, a.eps);
+    A hi, lo;
+    split(total[1], total[2], &hi, &lo);
+    const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
+    Affine<T, V>::put(out, channels, j, normalise_coefficients<A, double>(hi, lo, variance, invstd, weight, bias));
+    if (!owner) return;
+    A* saved = static_cast<A*>(a.saved);
+    saved[channel] = hi;
+    saved[p.channels + channel] = lo;
+    saved[2 * p.channels + channel] = static_cast<A>(invstd);
+    if (a.running_mean) {
+      write(a.running_mean, channel, running_update(read(a.running_mean, channel, 0), mean, momentum));
+      write(a.running_var, channel, running_update(read(a.running_var, channel, 0), m2 / (count - 1), momentum));
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace bn_ext

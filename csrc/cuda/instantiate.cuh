@@ -1,0 +1,100 @@
+// Launches of the kernels for one element type; each .cu of a type includes this and defines its three entries.
+#pragma once
+
+#include <type_traits>
+
+#include "entries.h"
+#include "kernel.cuh"
+
+namespace bn_ext {
+namespace cuda {
+
+// A kernel's launch: cluster or cooperative attribute, and more than 48 KB of shared memory where the plan says so.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, bool alone, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks()));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  if (plan.shared_bytes > 48 * 1024 - 64) {
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  if (!alone && plan.exchange == Exchange::kCluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(plan.splits);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  } else if (!alone && plan.exchange == Exchange::kGrid) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  config.attrs = &attribute;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class Op>
+cudaError_t reduce_and_apply(const Plan& plan, const typename Op::Args& args, void* workspace, cudaStream_t stream) {
+  if (plan.exchange != Exchange::kTwoLaunches) {
+    return launch(reduce_kernel<Op>, plan, false, stream, plan, args, workspace, kReduce | kApply);
+  }
+  const auto error = launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kReduce});
+  if (error != cudaSuccess) return error;
+  return launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kApply});
+}
+
+template <class Op>
+cudaError_t apply(const Plan& plan, const typename Op::Args& args, cudaStream_t stream) {
+  return launch(apply_kernel<Op>, plan, true, stream, plan, args);
+}
+
+// `Use` is given the kernel's operation for the plan's vector.
+template <template <typename, int> class Op, typename T, class Use>
+cudaError_t with_vector(const Plan& plan, const Use& use) {
+  constexpr int kFull = 16 / static_cast<int>(sizeof(T));
+  return plan.vector == 1 ? use(static_cast<Op<T, 1>*>(nullptr)) : use(static_cast<Op<T, kFull>*>(nullptr));
+}
+
+template <typename T>
+cudaError_t forward_of(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return with_vector<Forward, T>(plan, [&](auto* op) {
+    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+  });
+}
+
+template <typename T>
+cudaError_t inference_of(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {
+  return with_vector<Evaluation, T>(
+      plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+}
+
+template <typename T>
+cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  const auto reduce = [&](auto* op) {
+    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+  };
+  if (args.saved) return with_vector<Backward, T>(plan, reduce);
+  if (args.grad_weight || args.grad_bias) return with_vector<EvaluationBackward, T>(plan, reduce);
+  return with_vector<EvaluationScale, T>(
+      plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+}
+
+// Defines the entries of one type (entries.h).
+#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                            \
+  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {   \
+    return forward_of<T>(args, plan, workspace, stream);                                                          \
+  }                                                                                                               \
+  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                \
+    return inference_of<T>(args, plan, stream);                                                                   \
+  }                                                                                                               \
+  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) { \
+    return backward_of<T>(args, plan, workspace, stream);                                                         \
+  }
+
+}  // namespace cuda
+}  // namespace bn_ext

@@ -1,0 +1,71 @@
+// From a plan to the launches of its element type.
+#include "launch.h"
+
+#include <cstdlib>
+
+#include "entries.h"
+
+namespace bn_ext {
+namespace cuda {
+
+cudaError_t query_device(int index, Device* device) {
+  const auto ask = [&](cudaDeviceAttr attribute, auto* to) {
+    int value = 0;
+    const auto error = cudaDeviceGetAttribute(&value, attribute, index);
+    *to = value;
+    return error;
+  };
+  int major = 0, minor = 0, cooperative = 0;
+  const cudaError_t errors[] = {
+      ask(cudaDevAttrComputeCapabilityMajor, &major),
+      ask(cudaDevAttrComputeCapabilityMinor, &minor),
+      ask(cudaDevAttrCooperativeLaunch, &cooperative),
+      ask(cudaDevAttrMultiProcessorCount, &device->sms),
+      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_per_block),
+      ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device->shared_per_sm),
+      ask(cudaDevAttrReservedSharedMemoryPerBlock, &device->reserved_per_block),
+  };
+  for (const cudaError_t error : errors) {
+    if (error != cudaSuccess) return error;
+  }
+  device->capability = 10 * major + minor;
+  // The variable is for tests: it leads to the second launch on a device that needs none.
+  device->cooperative = cooperative != 0 && std::getenv("BN_EXT_NO_COOPERATIVE") == nullptr;
+  return cudaSuccess;
+}
+
+namespace {
+
+template <class Entry>
+Entry* of_type(DType dtype, Entry* float32, Entry* float64, Entry* bfloat16, Entry* float16) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return float32;
+    case DType::kFloat64:
+      return float64;
+    case DType::kBFloat16:
+      return bfloat16;
+    default:
+      return float16;
+  }
+}
+
+}  // namespace
+
+cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return of_type(args.dtype, forward_float32, forward_float64, forward_bfloat16, forward_float16)(args, plan, workspace,
+                                                                                                  stream);
+}
+
+cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {
+  return of_type(args.dtype, inference_float32, inference_float64, inference_bfloat16, inference_float16)(args, plan,
+                                                                                                          stream);
+}
+
+cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return of_type(args.dtype, backward_float32, backward_float64, backward_bfloat16, backward_float16)(
+      args, plan, workspace, stream);
+}
+
+}  // namespace cuda
+}  // namespace bn_ext

@@ -1,0 +1,20 @@
+// The CUDA kernels as the glue and the tests see them: torch-free, asynchronous on the given stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "plan.h"
+
+namespace bn_ext {
+namespace cuda {
+
+// Figures of CUDA device `index`.
+cudaError_t query_device(int index, Device* device);
+
+// `workspace` holds plan.workspace_bytes, aligned to 16, of any content; it belongs to this call alone.
+cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
+cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t stream);
+cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace bn_ext

@@ -1,0 +1,166 @@
+// The C entries through which tests reach the CUDA operators. The arguments of all passes come in one struct of 8-byte
+// fields, as tests/simt_support.py fills it; the plan is made here, for the modelled device, as the glue makes it.
+#include <string>
+
+#include "cuda/launch.h"
+
+#define ENTRY extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Tensor {
+  void* data;
+  int64_t stride_n, stride_c, stride_l;
+  bn_ext::TensorRef ref() const { return {data, stride_n, stride_c, stride_l}; }
+};
+
+struct Vector {
+  void* data;
+  int64_t dtype, stride;
+  bn_ext::VectorRef ref() const { return {data, static_cast<bn_ext::DType>(dtype), stride}; }
+};
+
+struct Call {
+  int64_t n, c, l, dtype;
+  Tensor x, y, dy, dx;
+  Vector weight, bias, running_mean, running_var, grad_weight, grad_bias;
+  int64_t* num_batches_tracked;
+  int64_t cumulative;
+  double momentum, eps;
+  void* saved;
+};
+
+template <typename Args>
+Args common_args(const Call& call) {
+  Args a;
+  a.shape = {call.n, call.c, call.l};
+  a.dtype = static_cast<bn_ext::DType>(call.dtype);
+  a.x = call.x.ref();
+  a.weight = call.weight.ref();
+  a.running_mean = call.running_mean.ref();
+  a.running_var = call.running_var.ref();
+  a.eps = call.eps;
+  return a;
+}
+
+// What forward and inference have in common.
+template <typename Args>
+Args normalise_args(const Call& call) {
+  Args a = common_args<Args>(call);
+  a.y = call.y.ref();
+  a.bias = call.bias.ref();
+  return a;
+}
+
+bn_ext::ForwardArgs forward_args(const Call& call) {
+  auto a = normalise_args<bn_ext::ForwardArgs>(call);
+  a.num_batches_tracked = call.num_batches_tracked;
+  a.cumulative = call.cumulative != 0;
+  a.momentum = call.momentum;
+  a.saved = call.saved;
+  return a;
+}
+
+bn_ext::InferenceArgs inference_args(const Call& call) { return normalise_args<bn_ext::InferenceArgs>(call); }
+
+bn_ext::BackwardArgs backward_args(const Call& call) {
+  auto a = common_args<bn_ext::BackwardArgs>(call);
+  a.dy = call.dy.ref();
+  a.dx = call.dx.ref();
+  a.grad_weight = call.grad_weight.ref();
+  a.grad_bias = call.grad_bias.ref();
+  a.saved = call.saved;
+  return a;
+}
+
+// Backward's pass follows from `saved`: absent in evaluation.
+cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
+  bn_ext::Device device;
+  const cudaError_t error = bn_ext::cuda::query_device(0, &device);
+  if (error != cudaSuccess) return error;
+  switch (static_cast<bn_ext::Pass>(pass)) {
+    case bn_ext::Pass::kForward:
+      *plan = plan_forward(forward_args(call), device);
+      break;
+    case bn_ext::Pass::kInference:
+      *plan = plan_inference(inference_args(call), device);
+      break;
+    default:
+      *plan = plan_backward(backward_args(call), device);
+  }
+  return cudaSuccess;
+}
+
+struct Field {
+  const char* name;
+  int64_t (*of)(const bn_ext::Plan&);
+};
+#define FIELD(name)                                                           \
+  Field {                                                                     \
+    #name, [](const bn_ext::Plan& p) { return static_cast<int64_t>(p.name); } \
+  }
+const Field kFields[] = {FIELD(exchange),
+                         FIELD(planes),
+                         FIELD(pooled),
+                         FIELD(stream_output),
+                         FIELD(vector),
+                         FIELD(tx),
+                         FIELD(ty),
+                         FIELD(span),
+                         FIELD(modulo),
+                         FIELD(lanes),
+                         FIELD(column_step),
+                         FIELD(tile_channels),
+                         FIELD(tail),
+                         FIELD(kept),
+                         FIELD(channels),
+                         FIELD(vectors),
+                         FIELD(tiles),
+                         FIELD(fast),
+                         FIELD(rows),
+                         FIELD(inner),
+                         FIELD(step_inner),
+                         FIELD(splits),
+                         FIELD(split_rows),
+                         FIELD(count),
+                         FIELD(launches),
+                         FIELD(blocks()),
+                         FIELD(read_bytes),
+                         FIELD(write_bytes),
+                         FIELD(workspace_bytes),
+                         FIELD(shared_bytes)};
+
+}  // namespace
+
+// The names of what drive_plan fills in, in order, each followed by a space.
+ENTRY const char* drive_plan_fields() {
+  static std::string names;
+  names.clear();
+  for (const Field& field : kFields) names += std::string(field.name) + " ";
+  return names.c_str();
+}
+
+ENTRY int drive_plan(int64_t pass, const Call* call, int64_t* fields) {
+  bn_ext::Plan plan;
+  const cudaError_t error = make_plan(pass, *call, &plan);
+  for (const Field& field : kFields) *fields++ = field.of(plan);
+  return error;
+}
+
+ENTRY int drive_forward(const Call* call, void* workspace) {
+  bn_ext::Plan plan;
+  const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kForward), *call, &plan);
+  return error != cudaSuccess ? error : bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr);
+}
+
+ENTRY int drive_inference(const Call* call, void*) {
+  bn_ext::Plan plan;
+  const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kInference), *call, &plan);
+  return error != cudaSuccess ? error : bn_ext::cuda::inference(inference_args(*call), plan, nullptr);
+}
+
+ENTRY int drive_backward(const Call* call, void* workspace) {
+  bn_ext::Plan plan;
+  const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
+  return error != cudaSuccess ? error : bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr);
+}

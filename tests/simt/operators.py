@@ -1,0 +1,336 @@
+"""The operators of csrc/cuda on the CPU, through driver.cpp: their plans, and calls on guarded memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bridge import CACHE, HERE, ROOT, Library, Session, build
+
+CUDA = ROOT / "csrc" / "cuda"
+HOST = (ROOT / "csrc" / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # numbered as bn_ext::DType
+EXCHANGES = ("none", "cluster", "grid", "two_launches")  # numbered as bn_ext::Exchange
+
+
+class Pass(IntEnum):
+    """Numbered as bn_ext::Pass."""
+
+    FORWARD = 0
+    INFERENCE = 1
+    BACKWARD = 2
+    INFERENCE_BACKWARD = 3
+
+    @property
+    def backward(self) -> bool:
+        return self >= Pass.BACKWARD
+
+    @property
+    def training(self) -> bool:
+        return self in (Pass.FORWARD, Pass.BACKWARD)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("stride", ctypes.c_int64)]
+
+
+_TENSORS = ("x", "y", "dy", "dx")
+_VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_weight", "grad_bias")
+
+
+class Call(ctypes.Structure):
+    """The struct of the same name in tests/simt/driver.cpp."""
+
+    _fields_ = [
+        ("shape", ctypes.c_int64 * 3),
+        ("dtype", ctypes.c_int64),
+        *((name, _Tensor) for name in _TENSORS),
+        *((name, _Vector) for name in _VECTORS),
+        ("num_batches_tracked", ctypes.c_void_p),
+        ("cumulative", ctypes.c_int64),
+        ("momentum", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("saved", ctypes.c_void_p),
+    ]
+
+    def set_tensor(self, name: str, t: Tensor, pointer: int) -> None:
+        strides = (*t.stride(), 0)[:3]
+        setattr(self, name, _Tensor(pointer, (ctypes.c_int64 * 3)(*strides)))
+
+    def set_vector(self, name: str, t: Tensor, pointer: int) -> None:
+        setattr(self, name, _Vector(pointer, DTYPES.index(t.dtype), t.stride(0)))
+
+
+def broken(line: str) -> Library:
+    """The kernels without a line of kernel.cuh, which must be there once; float32 alone has the changed code."""
+    text = (CUDA / "kernel.cuh").read_text()
+    assert text.count(line) == 1, f"{line!r} is there {text.count(line)} times"
+    changed = text.replace(line, "")
+    folder = CACHE / f"broken_{hashlib.sha256(changed.encode()).hexdigest()[:16]}"
+    shutil.copytree(CUDA, folder, dirs_exist_ok=True)
+    (folder / "kernel.cuh").write_text(changed)
+    kernels = [folder / "float32.cu", *(p for p in sorted(CUDA.glob("*.cu")) if p.name != "float32.cu")]
+    return build("broken", [*kernels, *HOST])
+
+
+@functools.cache
+def library(*, eager: bool = False, pooled: bool = False) -> Library:
+    """The kernels, the planner and the driver; built once a run, and only what changed.
+
+    eager: the planner takes meeting of blocks to cost nothing, so that small tensors are split too. pooled: a grid's
+    partial results are always merged once for all blocks.
+    """
+    if eager or pooled:
+        text = HOST[0].read_text()
+        for name in ("kClusterBarrier", "kGridBarrier", "kSecondBarrier", "kLowestGridRows", "kPooledPartials"):
+            if name != "kPooledPartials" or pooled:
+                value = "1" if name == "kLowestGridRows" else "0"
+                text, found = re.subn(rf"\b{name} = [\d.e]+", f"{name} = {value}", text)
+                assert found == 1, f"plan.cpp sets {name} {found} times"
+        CACHE.mkdir(parents=True, exist_ok=True)
+        plan = CACHE / f"plan_{'pooled' if pooled else 'eager'}.cpp"
+        plan.write_text(text)
+        return build("bn_ext", [*sorted(CUDA.glob("*.cu")), plan, *HOST[1:]])
+    return build("bn_ext", [*sorted(CUDA.glob("*.cu")), *HOST])
+
+
+@dataclass
+class Inputs:
+    """One call's tensors and options. x and grad_output are (N, C) or (N, C, L) of any strides, vectors are (C,)."""
+
+    x: Tensor
+    grad_output: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: int | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    wants: tuple[bool, bool, bool] = (True, True, True)  # grad_input, grad_weight, grad_bias
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Result:
+    """What one call left behind (None: not asked for), its plan by field, and its launches as counted."""
+
+    plan: dict[str, int]
+    launches: list[dict[str, Any]]
+    output: Tensor | None = None
+    saved: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: int | None = None
+    grad_input: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+
+    @property
+    def regime(self) -> tuple[str, str]:
+        return walk_of(self.plan), exchange_of(self.plan)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def counted(self, buffer: str, what: str) -> int:
+        """A counter of one tensor, summed over the launches."""
+        return sum(launch["buffers"].get(buffer, {}).get(what, 0) for launch in self.launches)
+
+
+def exchange_of(plan: dict[str, int]) -> str:
+    """How blocks that share a channel meet: a name of EXCHANGES, or grid_pooled."""
+    return "grid_pooled" if plan["pooled"] else EXCHANGES[plan["exchange"]]
+
+
+def walk_of(plan: dict[str, int]) -> str:
+    """How the plan sees the tensor: planes, by_span, folded or columns."""
+    if plan["planes"]:
+        return "planes"
+    if plan["span"] > 1:
+        return "by_span"
+    return "folded" if plan["vectors"] * plan["column_step"] > plan["channels"] else "columns"
+
+
+# ---- plans ----
+
+
+def _ask(lib: Library, pass_: Pass, call: Call) -> dict[str, int]:
+    lib.functions.drive_plan_fields.restype = ctypes.c_char_p
+    names = lib.functions.drive_plan_fields().decode().split()
+    fields = (ctypes.c_int64 * len(names))()
+    code = lib.functions.drive_plan(ctypes.c_int64(pass_), ctypes.byref(call), fields)
+    assert code == 0, f"drive_plan returned cudaError_t {code}"
+    return {name.removesuffix("()"): value for name, value in zip(names, fields, strict=True)}
+
+
+def plan_of(
+    pass_: Pass,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    nlc: bool = False,
+    scalar: bool = False,
+    device: str = "H200",
+    wants: tuple[bool, bool, bool] = (True, True, True),
+    of: Library | None = None,
+    **model: int,
+) -> dict[str, int]:
+    """The plan for dense tensors of any size, none of which exist, on a modelled device (as of `run`).
+
+    nlc: (N, C, L) stored as (N, L, C). scalar: one element off the alignment of vectors.
+    """
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    if nlc:
+        t = t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    vector = torch.empty(shape[1], dtype=torch.float32, device="meta")
+    call = _new_call(t)
+    for k, name in enumerate(("x", "dy", "dx") if pass_.backward else ("x", "y")):
+        if name != "dx" or wants[0]:
+            call.set_tensor(name, t, ((1 + k) << 44) + scalar * dtype.itemsize)
+    for k, name in enumerate(_VECTORS):
+        if k < 4 or (pass_.backward and wants[k - 3]):
+            call.set_vector(name, vector, (8 + k) << 44)
+    call.saved = 1 << 50 if pass_.training else None
+    lib = library() if of is None else of
+    with lib.session(device, **model):
+        return _ask(lib, pass_, call)
+
+
+def _new_call(x: Tensor) -> Call:
+    call = Call()
+    call.shape[:] = (*x.shape, 1)[:3]
+    call.dtype = DTYPES.index(x.dtype)
+    return call
+
+
+# ---- runs ----
+
+
+class _Placed:
+    """Guarded copies of a call's tensors, which know whether they were written to."""
+
+    def __init__(self, session: Session, *, align: int, left: bool) -> None:
+        self.session, self.align, self.left = session, align, left
+        self.inputs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def put(self, name: str, value: Tensor, *, constant: bool) -> Tensor:
+        """A copy with the same strides and the same distance from a 64-byte boundary; gaps are copied as they are."""
+        offset = value.storage_offset() * value.itemsize % 64 // value.itemsize
+        reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        if reach * value.itemsize > 1 << 30:  # only the values themselves take memory
+            far = self.session.empty(name, value.shape, value.dtype, value.stride(), align=self.align, sparse=True)
+            return far.copy_(value)
+        flat = self.session.empty(name, (reach + offset,), value.dtype, align=self.align, left=self.left)
+        flat[offset:].copy_(value.as_strided((reach,), (1,)))
+        if constant:
+            self.inputs[name] = flat, flat.clone()
+        return flat.as_strided(value.shape, value.stride(), offset)
+
+    def like(self, name: str, value: Tensor, **options: Any) -> Tensor:
+        """Fresh memory as torch.empty_like would lay it out."""
+        laid = torch.empty_like(value, **options)
+        return self.session.empty(name, laid.shape, laid.dtype, laid.stride(), align=self.align, left=self.left)
+
+    def check_constant(self) -> None:
+        for name, (now, before) in self.inputs.items():
+            same = torch.equal(now.view(torch.uint8), before.view(torch.uint8))
+            assert same, f"{name}, an input, was written to"
+
+
+def run(
+    pass_: Pass,
+    inputs: Inputs,
+    *,
+    device: str = "H200",
+    seed: int = 0,
+    saved: Tensor | None = None,
+    workspace_byte: int | None = None,
+    align: int = 16,
+    of: Library | None = None,
+    **model: int,
+) -> Result:
+    """One call on a modelled device (a preset's name, and figures such as sms=4).
+
+    saved: (3, C) for backward. workspace_byte: what the workspace is filled with instead of NaN. align: of the
+    tensors. of: another build than `library()`.
+    Raises LaunchError with the stand-in runtime's report, AssertionError where an input was written to.
+    """
+    lib = library() if of is None else of
+    with lib.session(device, seed=seed, **model) as s:
+        placed = _Placed(s, align=align, left=seed % 2 == 1)
+        call = _new_call(inputs.x)
+        call.cumulative = inputs.momentum is None
+        call.momentum = 0.0 if inputs.momentum is None else inputs.momentum
+        call.eps = inputs.eps
+        held: dict[str, Tensor] = {}
+
+        def tensor(name: str, t: Tensor) -> None:
+            held[name] = t
+            call.set_tensor(name, t, t.data_ptr())
+
+        def vector(name: str, t: Tensor | None) -> None:
+            if t is not None:
+                held[name] = t
+                call.set_vector(name, t, t.data_ptr())
+
+        tensor("x", placed.put("x", inputs.x, constant=True))
+        for name in _VECTORS[:4]:
+            value, constant = getattr(inputs, name), pass_ != Pass.FORWARD or name in ("weight", "bias")
+            if value is not None and not (pass_ == Pass.BACKWARD and name.startswith("running")):
+                vector(name, placed.put(name, value, constant=constant))
+        if pass_.backward:
+            assert inputs.grad_output is not None
+            tensor("dy", placed.put("dy", inputs.grad_output, constant=True))
+            if inputs.wants[0]:
+                tensor("dx", placed.like("dx", inputs.x))
+            options = {"dtype": inputs.statistics_dtype if inputs.weight is None else inputs.weight.dtype}
+            for name, wanted in zip(_VECTORS[4:], inputs.wants[1:], strict=True):
+                vector(name, s.empty(name, (inputs.x.shape[1],), **options) if wanted else None)
+        else:
+            tensor("y", placed.like("y", inputs.x))
+        if pass_ == Pass.BACKWARD:
+            assert saved is not None
+            held["saved"] = placed.put("saved", saved, constant=True)
+        elif pass_ == Pass.FORWARD:
+            held["saved"] = s.empty("saved", (3, inputs.x.shape[1]), inputs.statistics_dtype)
+        if "saved" in held:
+            call.saved = held["saved"].data_ptr()
+        if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
+            held["count"] = s.tensor("num_batches_tracked", torch.tensor([inputs.num_batches_tracked]))
+            call.num_batches_tracked = held["count"].data_ptr()
+
+        plan = _ask(lib, pass_, call)
+        workspace = None
+        if plan["workspace_bytes"] > 0:
+            workspace = s.empty("workspace", (plan["workspace_bytes"],), torch.uint8)
+            if workspace_byte is not None:
+                workspace.fill_(workspace_byte)
+        launcher = ("drive_forward", "drive_inference", "drive_backward", "drive_backward")[pass_]
+        result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
+        placed.check_constant()
+        names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
+        if pass_ == Pass.FORWARD:
+            names |= {"saved": "saved", "running_mean": "running_mean", "running_var": "running_var"}
+        for name, attribute in names.items():
+            if name in held:
+                setattr(result, attribute, held[name].clone())
+        if "count" in held:
+            result.num_batches_tracked = int(held["count"])
+        return result

@@ -1,0 +1,287 @@
+"""nvcc compiles every CUDA source for every architecture, without a GPU; checks read ptxas' report and the PTX."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "cuda"
+# PTX of a generation and the machine code made from it.
+FAMILIES = {75: (75,), 80: (80, 86, 89), 90: (90,), 100: (100, 120)}
+ARCHS = tuple(arch for family in FAMILIES.values() for arch in family)
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+GLUE = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+TOY = ROOT / "tests" / "simt" / "toy.cu"
+# Kernels that may spill or use a stack, as (part of the name, why). None needs to.
+EXCEPTIONS: tuple[tuple[str, str], ...] = ()
+NONE_YET = pytest.param(None, marks=pytest.mark.skip(reason="there are no CUDA sources in csrc/cuda"))
+# One release of the compiler as packages, for machines without a toolkit.
+PACKAGES = (
+    *("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88"),
+    *("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cccl==13.0.85"),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one function on one architecture; bytes, and registers a thread."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@dataclass
+class Compiled:
+    usages: list[Usage] = field(default_factory=list)
+    ptx: dict[int, str] = field(default_factory=dict)  # by family
+
+
+def _toolkit_from_packages() -> Path | None:
+    target = CACHE / "toolkit"
+    home = target / "nvidia" / "cu13"
+    if not (home / "bin" / "nvcc").exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), *PACKAGES]
+        try:
+            subprocess.run(command, capture_output=True, check=True, timeout=240)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return home if (home / "bin" / "nvcc").exists() else None
+
+
+def _find_toolkit() -> Path | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if path := shutil.which("nvcc"):
+        said = subprocess.run([path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)  # nvcc on PATH may be a script beside no toolkit
+        homes.append(top[1] if top else None)
+    for home in (*homes, "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return Path(home).resolve()
+    return _toolkit_from_packages()
+
+
+@pytest.fixture(scope="session")
+def toolkit() -> Path:
+    home = _find_toolkit()
+    if home is None:
+        pytest.skip("no nvcc on this machine, and its packages could not be installed")
+    return home
+
+
+def parse_report(text: str) -> list[Usage]:
+    """Read `ptxas -v`: one Usage for each kernel and each function that was not inlined, on each architecture."""
+    found, arch, name, sizes = [], 0, "", (0, 0, 0)
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for 'sm_(\d+)a?'", line):
+            name, arch = match[1], int(match[2])
+        elif match := re.search(r"Function properties for '?([\w$.]+)'?", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            sizes = (int(match[1]), int(match[2]), int(match[3]))
+            found.append(Usage(name, arch, 0, *sizes, 0))
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            last = found.pop()
+            found.append(Usage(last.name, arch, int(match[1]), *sizes, int(shared[1]) if shared else 0))
+    return found
+
+
+def compile_source(home: Path, source: Path, archs: tuple[int, ...] = ARCHS) -> Compiled:
+    """Compile for all architectures in one call; the report and the PTX are kept until a source or nvcc changes."""
+    families = {f: wanted for f, all_of in FAMILIES.items() if (wanted := [a for a in all_of if a in archs])}
+    nvcc = home / "bin" / "nvcc"
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
+    headers = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".inc"))
+    digest = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
+    for path in (source, *headers):
+        digest.update(path.read_bytes())
+    digest.update(repr((flags, archs)).encode())
+    folder = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
+    report = folder / "report.txt"
+    if not report.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        targets = [
+            f"-gencode=arch=compute_{f},code=[{','.join([f'compute_{f}', *(f'sm_{a}' for a in wanted)])}]"
+            for f, wanted in families.items()
+        ]
+        command = [nvcc, "-c", source, "-o", folder / "out.o", *flags, *targets, "-Xptxas=-v", "--keep"]
+        command += [f"--keep-dir={folder}", "-Werror=all-warnings"]
+        said = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+        if said.returncode != 0:
+            raise AssertionError(f"nvcc refuses {source.name}:\n{said.stdout[-3000:]}{said.stderr[-6000:]}")
+        for path in folder.iterdir():
+            if path.suffix != ".ptx":
+                path.unlink()
+        report.write_text(said.stdout + said.stderr)
+    pattern = "*compute_{}.ptx" if len(families) > 1 else "*.ptx"  # nvcc names the file of a single one without it
+    ptx = {f: next(folder.glob(pattern.format(f))).read_text() for f in families}
+    return Compiled(parse_report(report.read_text()), ptx)
+
+
+def spills(usages: list[Usage]) -> list[Usage]:
+    """Those that use local memory, exceptions left out."""
+    used = [u for u in usages if u.stack or u.spill_stores or u.spill_loads]
+    return [u for u in used if not any(part in u.name for part, _ in EXCEPTIONS)]
+
+
+def vector_accesses(ptx: str) -> tuple[int, int]:
+    """How many 128-bit global loads and stores there are."""
+    loads = re.findall(r"ld\.global(?:\.\w+(?:::\w+)?)*\.v4\.[bfsu]32", ptx)
+    stores = re.findall(r"st\.global(?:\.\w+(?:::\w+)?)*\.v4\.[bfsu]32", ptx)
+    return len(loads), len(stores)
+
+
+@pytest.fixture(scope="session")
+def compiled(toolkit: Path, request: pytest.FixtureRequest) -> dict[Path, Compiled]:
+    if not SOURCES:
+        pytest.skip("there are no CUDA sources in csrc/cuda")
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(SOURCES, pool.map(lambda s: compile_source(toolkit, s), SOURCES), strict=True))
+    request.config.pluginmanager.register(RegisterTable([u for c in results.values() for u in c.usages]))
+    return results
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Mangled names to names as in the source, without parameters, where c++filt is there."""
+    if not shutil.which("c++filt"):
+        return {name: name for name in names}
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    cut = [re.sub(r"\(anonymous namespace\)::|^void ", "", line) for line in said.splitlines()]
+    return dict(zip(names, (re.sub(r"\([^()]*\)$", "", line) for line in cut), strict=True))
+
+
+class RegisterTable:
+    """Prints the registers of every kernel and architecture after the run."""
+
+    def __init__(self, usages: list[Usage]) -> None:
+        self.usages = usages
+
+    def lines(self) -> list[str]:
+        names = sorted({u.name for u in self.usages})
+        short = short_names(names)
+        by_place = {(u.name, u.arch): u for u in self.usages}
+        lines = ["".join(f"{f'sm_{a}':>8}" for a in ARCHS) + "   static shared, kernel"]
+        for name in names:
+            row = [by_place.get((name, a)) for a in ARCHS]
+            shared = max(u.shared for u in row if u)
+            lines.append("".join(f"{u.registers if u else '-':>8}" for u in row) + f"  {shared:6} B  {short[name]}")
+        return lines
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("registers a thread, by ptxas")
+        for line in self.lines():
+            terminalreporter.write_line(line)
+
+
+def name_of(source: Path | None) -> str:
+    return source.stem if source else "none"
+
+
+def check_vector_paths(result: Compiled) -> None:
+    for arch, ptx in result.ptx.items():
+        loads, stores = vector_accesses(ptx)
+        assert loads > 0, f"compute_{arch}: no 128-bit global load"
+        assert stores > 0, f"compute_{arch}: no 128-bit global store"
+
+
+@pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
+def test_compiles_for_every_architecture(compiled: dict[Path, Compiled], source: Path) -> None:
+    assert set(compiled[source].ptx) == set(FAMILIES)
+    kernels = {u.name for u in compiled[source].usages}
+    for arch in ARCHS:
+        assert {u.name for u in compiled[source].usages if u.arch == arch} == kernels
+
+
+@pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
+def test_no_spills_and_no_stack(compiled: dict[Path, Compiled], source: Path) -> None:
+    assert spills(compiled[source].usages) == []
+
+
+@pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
+def test_vector_paths_move_128_bits(compiled: dict[Path, Compiled], source: Path) -> None:
+    if "memory.cuh" not in source.read_text() and not compiled[source].usages:
+        pytest.skip("it has no kernels of its own")
+    check_vector_paths(compiled[source])
+
+
+def test_exceptions_are_still_needed(compiled: dict[Path, Compiled]) -> None:
+    used = [u for c in compiled.values() for u in c.usages if u.stack or u.spill_stores or u.spill_loads]
+    for part, why in EXCEPTIONS:
+        assert any(part in u.name for u in used), f"{part} ({why}) uses no local memory any more"
+
+
+@pytest.mark.parametrize("source", GLUE or [NONE_YET], ids=name_of)
+def test_glue_compiles_against_this_torch(toolkit: Path, source: Path) -> None:
+    """The glue needs CUDA's headers and torch's, and no CUDA build of torch."""
+    include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-fsyntax-only", "-std=c++20", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", f"-I{ROOT / 'csrc'}"]
+    command += [f"-isystem{p}" for p in (include, include / "torch" / "csrc" / "api" / "include", toolkit / "include")]
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    said = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr[-6000:]
+
+
+# ---- that these checks can fail ----
+
+
+def test_toy_kernels_pass_the_checks(toolkit: Path) -> None:
+    result = compile_source(toolkit, TOY, (75, 90))
+    assert len(result.usages) == 2 * 4
+    assert all(u.registers > 0 for u in result.usages)
+    assert {u.arch for u in result.usages} == {75, 90}
+    assert spills(result.usages) == []
+    check_vector_paths(result)
+    text = "\n".join(RegisterTable(result.usages).lines())
+    assert "toy::center_kernel" in text
+
+
+def test_a_stack_and_a_spill_are_seen(toolkit: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bad.cu"
+    source.write_text(
+        """
+        __global__ void stack(float* x, int n) {
+          float a[64];
+          for (int i = 0; i < 64; ++i) a[i] = x[i];
+          for (int i = 0; i < n; ++i) a[i * n % 64] += x[i];
+          x[0] = a[n % 64];
+        }
+        __global__ void __launch_bounds__(1024) spill(float* x) {
+          float a[96];
+          for (int i = 0; i < 96; ++i) a[i] = x[i * 1024 + threadIdx.x];
+          __syncthreads();
+          for (int i = 0; i < 96; ++i) x[threadIdx.x * 96 + i] = a[95 - i];
+        }
+        """
+    )
+    result = compile_source(toolkit, source, (75,))
+    by_name = {name: u for u in result.usages for name in ("stack", "spill") if name in u.name}
+    assert by_name["stack"].stack >= 256
+    assert by_name["spill"].spill_stores > 0
+    assert by_name["spill"].spill_loads > 0
+    assert len(spills(result.usages)) == 2
+    with pytest.raises(AssertionError, match="no 128-bit"):
+        check_vector_paths(result)
+
+
+def test_a_source_that_does_not_compile_fails(toolkit: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text("__global__ void k(float* x) { x[0] = undeclared; }")
+    with pytest.raises(AssertionError, match="undeclared"):
+        compile_source(toolkit, tmp_path / "broken.cu", (75,))

@@ -1,0 +1,189 @@
+"""`python -m bn_ext.model` and the plans behind it: what is promised of every launch, on every GPU that is known."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bn_ext import _C, model
+from support import LAYOUTS, normal
+
+ALL = list(model.PRESETS.values())
+H200, T4 = model.PRESETS["H200"], model.PRESETS["T4"]
+SHAPES = [
+    *((2, 1), (32, 64), (128, 256), (1024, 1000), (65536, 3), (70001, 5), (262144, 1024), (8, 65536), (2, 1 << 20)),
+    *((32, 64, 128), (64, 128, 1024), (1024, 1, 4096), (4, 3, 1000003), (2000000, 1, 3), (136000, 16, 16)),
+]
+
+
+def plans(on: model.Device, shape: tuple[int, ...], dtype: str, layout: str) -> dict[str, dict[str, Any]]:
+    like = model.made(shape, dtype, layout)
+    return {name: model.plan_of(name, on, like) for name in model.PASSES}
+
+
+@pytest.mark.parametrize("on", ALL, ids=lambda d: d.name)
+@pytest.mark.parametrize("layout", model.LAYOUTS)
+@pytest.mark.parametrize("dtype", model.DTYPES)
+def test_every_plan_keeps_its_promises(on: model.Device, layout: str, dtype: str) -> None:
+    for shape in SHAPES:
+        if layout == "nlc" and len(shape) == 2:
+            continue
+        tensor = model.made(shape, dtype).nbytes
+        for name, plan in plans(on, shape, dtype, layout).items():
+            where = f"{shape} {name}: {plan}"
+            inputs = 2 if "backward" in name else 1
+            assert plan["blocks"] == plan["tiles"] * plan["splits"] >= 1, where
+            assert plan["splits"] * plan["split_rows"] >= plan["rows"], where
+            assert plan["tx"] * plan["ty"] <= plan["threads"], where
+            assert plan["shared_bytes"] <= on.shared_per_block, where
+            assert plan["write_bytes"] == tensor, where
+            assert inputs * tensor <= plan["read_bytes"] <= 2 * inputs * tensor, where
+            assert plan["launches"] == (2 if plan["exchange"] == "two launches" else 1), where
+            assert (plan["workspace_bytes"] > 0) == (plan["exchange"] in ("grid", "two launches")), where
+            assert plan["exchange"] != "cluster" or on.capability >= 90, where
+            # Blocks that wait for each other have to be on the device at once.
+            assert plan["exchange"] != "grid" or plan["blocks"] <= 2 * on.sms, where
+            if plan["exchange"] == "grid":
+                room = on.shared_per_sm // (plan["shared_bytes"] + on.reserved_per_block)
+                assert plan["blocks"] <= room * on.sms, where
+            if name == "inference":
+                assert plan["read_bytes"] == tensor and plan["exchange"] == "none", where
+
+
+def test_small_tensors_take_one_launch_and_are_read_once() -> None:
+    for on in ALL:
+        for name, plan in plans(on, (32, 64), "float32", "contiguous").items():
+            assert plan["launches"] == 1 and plan["write_bytes"] == 32 * 64 * 4, (on.name, name)
+            assert plan["read_bytes"] == plan["write_bytes"] * (2 if "backward" in name else 1), (on.name, name)
+
+
+def test_what_fits_on_chip_is_read_once() -> None:
+    """16.8 MB lie in the shared memory of an H200's SMs (30 MB) and not in that of a T4's (2.6 MB)."""
+    for shape in ((4096, 1024), (65536, 64)):
+        like = model.made(shape, "float32")
+        assert model.plan_of("forward", H200, like)["read_bytes"] == like.nbytes
+        assert model.plan_of("forward", T4, like)["read_bytes"] > 1.5 * like.nbytes
+
+
+def test_without_cooperative_launches_there_are_two() -> None:
+    like = model.made((262144, 64), "float32")
+    alone = model.Device("old", T4.capability, T4.sms, T4.shared_per_sm, T4.shared_per_block, cooperative=False)
+    assert model.plan_of("forward", T4, like)["exchange"] == "grid"
+    for name in ("forward", "backward"):
+        assert model.plan_of(name, alone, like)["launches"] == 2
+
+
+def test_gradients_that_are_not_wanted_move_nothing() -> None:
+    like = model.made((65536, 256), "float32")
+    sums = model.plan_of("backward", H200, like, gradients=(False, True, True))
+    assert sums["write_bytes"] == 0 and sums["read_bytes"] == 2 * like.nbytes
+    only_input = model.plan_of("inference_backward", H200, like, gradients=(True, False, False))
+    assert only_input["read_bytes"] == only_input["write_bytes"] == like.nbytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plans_of_any_strides(layout: str) -> None:
+    """Strides of real tensors; an address that 16 bytes do not divide is walked element by element."""
+    x = LAYOUTS[layout](normal((64, 32, 16)))
+    for name in model.PASSES:
+        plan = model.plan_of(name, H200, x, x)
+        assert plan["write_bytes"] == 64 * 32 * 16 * 4
+        if "misaligned" in layout:
+            assert plan["vector"] == 1, plan
+        if layout in ("contiguous", "permuted"):
+            assert plan["vector"] == 4, plan
+
+
+def test_presets_are_those_of_the_stand_in() -> None:
+    """tests/simt models the same GPUs."""
+    text = (Path(__file__).parent / "simt" / "device_model.cpp").read_text()
+    row = re.compile(r'\{"([^"]+)", (\d+), (\d+), (\d+), (\d+) \* K, (\d+) \* K,')
+    found = {name: tuple(map(int, figures)) for name, *figures in row.findall(text)}
+    mine = {
+        d.name: (d.capability // 10, d.capability % 10, d.sms, d.shared_per_sm // 1024, d.shared_per_block // 1024)
+        for d in ALL
+    }
+    assert found == mine
+
+
+def rows(text: str) -> dict[str, str]:
+    """The table's rows: heading -> the rest of the line."""
+    lines = [re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if re.match(r"\w", line)]
+    return {parts[0]: parts[1].strip() for parts in lines if len(parts) == 2}
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shape", "64", "128", "1024", "--layout", "nlc", "--dtype", "bfloat16", "--device", "rtx 4090"]
+    assert model.main([*arguments, "--pass", "backward", "--bandwidth", "500"]) == 0
+    text = capsys.readouterr().out
+    like = model.made((64, 128, 1024), "bfloat16", "nlc")
+    plan = model.plan_of("backward", model.device("RTX 4090"), like)
+    assert "RTX 4090: 128 SMs, capability 8.9, 500 GB/s (--bandwidth)" in text
+    assert "64x128x1024 bfloat16 as nlc, 16.8 MB a tensor. A model, not a measurement." in text
+    found = rows(text)
+    assert found["launches"] == str(plan["launches"])
+    assert found["reads x"] == found["reads dy"] and found["writes y"] == "-"
+    assert found["reads x"].endswith(f"({plan['read_bytes'] / 2 / like.nbytes:.2f} times)")
+    assert found["writes dx"] == "16.8 MB"
+    assert found["time implied"] == f"{(plan['read_bytes'] + plan['write_bytes']) / 500e9 * 1e6:.1f} us"
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "bn_ext.model", "--shape", "32", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "H200" in done.stdout and "4800 GB/s (the data sheet)" in done.stdout
+    assert all(name in done.stdout for name in model.PASSES)
+    assert rows(done.stdout)["launches"].split() == ["1"] * 4
+
+
+def test_sizes_as_text() -> None:
+    texts = {0: "0 B", 999: "999 B", 1000: "1 kB", 999_600: "1 MB", 16_777_216: "16.8 MB", 2.5e12: "2500 GB"}
+    assert {value: model.size(value) for value in texts} == texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shape", "5"), "N C or N C L"),
+        (("--shape", "5", "0"), "at least 1"),
+        (("--shape", "5", "5", "--layout", "nlc"), "three sizes"),
+        (("--shape", "5", "5", "--device", "abacus"), "no such device: abacus; there are T4"),
+        (("--shape", "5", "5", "--device", "cuda:99"), "cuda:99|built without CUDA"),
+        (("--shape", "5", "5", "--bandwidth", "0"), "positive"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.main(list(arguments)) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and re.search(said, shown.err) and shown.err.count("\n") == 1
+
+
+def test_the_library_refuses_what_has_no_plan() -> None:
+    figures = H200.figures()
+    dense = (0, 4, 1, 0)
+    for arguments, said in (
+        (("sideways", "float32", (2, 4, 1), [dense] * 2), "no such pass"),
+        (("forward", "int8", (2, 4, 1), [dense] * 2), "no such dtype"),
+        (("forward", "float32", (2, 4, 1), [dense]), "operands"),
+        (("backward", "float32", (2, 4, 1), [dense] * 2), "operands"),
+        (("forward", "float32", (0, 4, 1), [dense] * 2), "at least one element"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            _C.launch_plan(*arguments, **figures)
+    with pytest.raises(ValueError, match="at least one SM"):
+        _C.launch_plan("forward", "float32", (2, 4, 1), [dense] * 2, **{**figures, "sms": 0})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_gpu_that_is_there() -> None:
+    on = model.device("cuda:0")
+    seen = torch.cuda.get_device_properties(0)
+    assert (on.capability, on.sms) == (10 * seen.major + seen.minor, seen.multi_processor_count)
+    assert on.shared_per_block == seen.shared_memory_per_block_optin
+    assert on.name == seen.name
