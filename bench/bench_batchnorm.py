@@ -3,6 +3,7 @@
     python bench/bench_batchnorm.py --quick
     python bench/bench_batchnorm.py --json results.jsonl --plot results.png
     python bench/bench_batchnorm.py --filter "65536x*" --filter float32 --modes eval
+    python bench/bench_batchnorm.py --device cuda --replay --seconds 120 --no-compile
 
 bench/README.md says how to read what comes out.
 """
@@ -10,6 +11,7 @@ bench/README.md says how to read what comes out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -21,17 +23,21 @@ from typing import IO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import report
 from contenders import Bench, Disagreement, check_agreement
 from environment import MEMORY, facts, set_memory
-from grid import CONTENDERS, FULL, MODES, QUICK, Point, least_bytes, select
-from timing import Clock, Plan, Times, cpu_clock, race
-from timing_cuda import cuda_clock, input_sets
+from grid import CONTENDERS, CUDA, FULL, MODES, QUICK, Point, least_bytes, select
+from timing import Plan, Step, Times, cpu_clock, race
+from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
 
 QUICK_PLAN = Plan(block=0.002, budget=0.6, min_rounds=5, max_rounds=80)
 FULL_PLAN = Plan(block=0.005, budget=3.0, min_rounds=15)
+# With --seconds, when every measurement gets its share of the time.
+SHARED_PLAN = Plan(block=0.002, budget=3.0, min_rounds=7)
+# Of the time that --seconds gives, the part for measuring; imports, set-up and counting launches take the rest.
+MEASURING = 0.85
 # Of the minute that --quick may take, a part stays for the imports, the tables and a busy machine.
 QUICK_SECONDS = 40.0
 # The least rounds that a median can be taken of, for a machine on which that time is over before the points are.
@@ -46,29 +52,69 @@ class Runner:
         self.points: list[Point] = args.points
         self.modes, self.log = args.modes, log
         self.contenders = [name for name in CONTENDERS if name != "compile" or not (args.quick or args.no_compile)]
-        self.plan = QUICK_PLAN if args.quick else FULL_PLAN
-        self.deadline = time.perf_counter() + QUICK_SECONDS if args.quick else None
-        cuda = self.device.type == "cuda"
-        self.clock: Clock = cuda_clock(self.device) if cuda else cpu_clock
-        self.shared = facts(self.device, args.memory)
+        self.replay: bool = args.replay
+        self.cuda = self.device.type == "cuda"
+        self.plan = QUICK_PLAN if args.quick else SHARED_PLAN if args.seconds else FULL_PLAN
+        seconds = QUICK_SECONDS if args.quick else MEASURING * args.seconds if args.seconds else None
+        self.deadline = None if seconds is None else time.perf_counter() + seconds
+        self.failed = 0
+        self.shared = {**facts(self.device, args.memory), "timing": "replay" if self.replay else "calls"}
         load = self.shared["load_average"]
         if isinstance(load, float) and load > 0.5:
             log.print(f"the machine was busy before the start (load average {load:.1f}): expect noise")
 
     def measure(self) -> Iterator[list[report.Record]]:
-        """The measurements of one point in one mode after the other, under a progress bar."""
-        left = len(self.points) * len(self.modes)
+        """The measurements of one point in one mode after the other, under a progress bar.
+
+        What goes wrong at a point is said and counted in ``failed``, and the next point follows.
+        """
+        total = len(self.points) * len(self.modes)
+        with self.progress(total) as (progress, task):
+            for number, point in enumerate(self.points):
+                done = number * len(self.modes)
+                progress.update(task, description=f"{point}: checking", completed=done)
+                if self.too_large(point):
+                    self.log.print(f"{point} is left out: it does not fit into the memory of the GPU", markup=False)
+                    continue
+                try:
+                    check_agreement(point, self.device)
+                    for mode in self.modes:
+                        progress.update(task, description=f"{point}: {mode}", completed=done)
+                        yield self.measure_one(point, mode, self.plan_for(total - done))
+                        done += 1
+                except (Disagreement, RuntimeError) as error:
+                    self.failed += 1
+                    reason = str(error).strip().splitlines() or [type(error).__name__]
+                    where = "" if isinstance(error, Disagreement) else f"{point}: "
+                    self.log.print(f"error: {where}{reason[0]}", markup=False)
+
+    def count_launches(self, found: list[report.Record]) -> None:
+        """Fill in ``launches`` on CUDA. After all timing, since a profiler may slow what comes after it."""
+        if not self.cuda:
+            return
+        with self.progress(len(found)) as (progress, task):
+            for record in found:
+                progress.advance(task)
+                if record["contender"] not in ("bn_ext", "nn"):  # compile would be compiled once more
+                    continue
+                point = Point(tuple(record["shape"]), record["dtype"], record["layout"])
+                progress.update(task, description=f"{point}: counting launches")
+                bench = Bench(point, record["mode"], self.device)
+                with bench.grad_mode():
+                    record["launches"] = len(launched(bench.step(record["contender"]), self.device))
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[tuple[Progress, TaskID]]:
         columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.log, transient=True) as progress:
-            task = progress.add_task("starting", total=left)
-            for point in self.points:
-                progress.update(task, description=f"{point}: checking")
-                check_agreement(point, self.device)
-                for mode in self.modes:
-                    progress.update(task, description=f"{point}: {mode}")
-                    yield self.measure_one(point, mode, self.plan_for(left))
-                    progress.advance(task)
-                    left -= 1
+            yield progress, progress.add_task("starting", total=total)
+
+    def too_large(self, point: Point) -> bool:
+        if not self.cuda:
+            return False
+        free = torch.cuda.mem_get_info(self.device)[0]
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return memory_needed(point.bytes, input_sets(point.bytes, self.device)) > free
 
     def plan_for(self, left: int) -> Plan:
         """The plan of the next measurement, shortened so that the ``left`` measurements end in time."""
@@ -80,14 +126,14 @@ class Runner:
         return replace(self.plan, budget=min(self.plan.budget, share))
 
     def measure_one(self, point: Point, mode: str, plan: Plan) -> list[report.Record]:
-        sets = input_sets(point.bytes, self.device) if self.device.type == "cuda" else 1
+        sets = input_sets(point.bytes, self.device) if self.cuda else 1
         started = time.perf_counter()
         bench = Bench(point, mode, self.device, sets)
-        steps = {name: bench.step(name) for name in self.contenders if name != "compile"}
         with bench.grad_mode():
+            steps = {name: self.ready(bench.step(name), sets) for name in self.contenders if name != "compile"}
             if "compile" in self.contenders:
                 try:
-                    steps["compile"] = bench.step("compile")
+                    steps["compile"] = self.ready(bench.step("compile"), sets)
                     steps["compile"]()
                 except Exception as error:  # whatever the compiler stack raises, the other contenders are still timed
                     steps.pop("compile", None)
@@ -96,8 +142,14 @@ class Runner:
                     self.log.print(f"torch.compile does not work here and is left out: {reason[0]}", markup=False)
             # In a hurry the time that the set-up took comes off the time to measure.
             spent = time.perf_counter() - started if self.deadline is not None else 0.0
-            times = race(steps, self.clock, replace(plan, budget=plan.budget - spent))
+            repeats = sets if self.replay else 1
+            clock = cuda_clock(self.device, repeats) if self.cuda else cpu_clock
+            times = race(steps, clock, replace(plan, budget=plan.budget - spent, block=plan.block / repeats))
         return records(point, mode, times, self.shared)
+
+    def ready(self, step: Step, sets: int) -> Step:
+        """The step as it is timed: called, or replayed with every input set once."""
+        return captured(step, sets, self.device) if self.replay else step
 
 
 def records(point: Point, mode: str, times: dict[str, Times], shared: dict[str, object]) -> list[report.Record]:
@@ -124,6 +176,7 @@ def records(point: Point, mode: str, times: dict[str, Times], shared: dict[str, 
                 "gbps": gbps,
                 "limit_fraction": gbps / copy_gbps if copy_gbps else None,
                 "speedup": speedup,
+                "launches": None,
             }
         )
     return found
@@ -152,6 +205,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help='only matching points, by shape, dtype or layout: "65536x*", "float32", "32x64,128x256"; may be repeated',
     )
     parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
+    parser.add_argument("--seconds", type=float, metavar="S", help="about how long to take, shared by the measurements")
+    parser.add_argument("--replay", action="store_true", help="CUDA: time replays of a graph of calls, not calls")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it compiles for minutes")
     parser.add_argument(
         "--memory",
@@ -165,18 +220,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.modes) - set(MODES))
     if unknown:
         parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(MODES)}")
-    args.points = select(QUICK if args.quick else FULL, args.filter)
+    grid = QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
+    args.points = select(grid, args.filter)
     if not args.points:
         parser.error(f"no point of the grid matches --filter {' '.join(args.filter)}")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
+    if args.seconds is not None and args.seconds <= 0:
+        parser.error("--seconds must be positive")
+    if args.replay and args.device.type != "cuda":
+        parser.error("--replay needs --device cuda")
     if args.device.type == "cuda" and not args.load and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device here")
     return args
 
 
-def run(args: argparse.Namespace, log: Console) -> list[report.Record]:
-    """Measure all that was asked for; every line goes to the result file as soon as it is there."""
+def run(args: argparse.Namespace, log: Console) -> tuple[list[report.Record], int]:
+    """Measure all that was asked for: the measurements, and how many points went wrong.
+
+    Every line goes to the result file as soon as it is there; when all are, once more with the launches counted.
+    """
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     set_memory(args.memory)
@@ -193,17 +256,22 @@ def run(args: argparse.Namespace, log: Console) -> list[report.Record]:
             if stream:
                 stream.writelines(json.dumps(record) + "\n" for record in part)
                 stream.flush()
+        runner.count_launches(found)
     except KeyboardInterrupt:
         log.print("interrupted; what was measured so far:")
     finally:
         if stream:
+            stream.seek(0)
+            stream.writelines(json.dumps(record) + "\n" for record in found)
+            stream.truncate()
             stream.close()
-    return found
+    return found, runner.failed
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
+    failed = 0
     # A pipe has no width of its own; the tables need a little more than rich assumes there.
     out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
@@ -211,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.load:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:
-            found = run(args, log)
-    except (Disagreement, OSError) as error:
+            found, failed = run(args, log)
+    except OSError as error:
         log.print(f"error: {error}", markup=False)
         return 1
     report.show(found, out)
@@ -221,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
 
         plot.draw(found, args.plot)
         out.print(f"plot: {args.plot}")
-    return 0
+    if failed:
+        log.print(f"{failed} of {len(args.points)} points went wrong, see above")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,25 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it when a tracked file is changed; "unknown" outside a checkout."""
+    """The checkout's commit, with "-dirty" behind it when a tracked file is changed.
+
+    Outside a checkout it is what BENCH_COMMIT says, else "unknown".
+    """
     command = ["git", "-C", str(_HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, or None where there is none or it does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def huge_pages() -> str:
@@ -82,6 +95,7 @@ def facts(device: torch.device, memory: str = "default") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
+        "driver": driver() if cuda else None,
         "bn_ext": bn_ext.__version__,
         "isa": bn_ext._C.isa_level(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),

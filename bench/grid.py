@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class Point:
             return torch.randn(n, length, c, device=device).to(self.torch_dtype).transpose(1, 2)
         return torch.randn(self.shape, device=device).to(self.torch_dtype)
 
+    def meta(self) -> Tensor:
+        """A tensor of this shape, dtype and layout without data."""
+        return self.randn(torch.device("meta"))
+
 
 def least_bytes(point: Point, mode: str, contender: str) -> int:
     """The bytes that ``contender`` must move at ``point`` in ``mode``; the copy reads and writes once in every mode."""
@@ -89,6 +93,16 @@ OTHER_DTYPES = (
     Point((1024, 1024), "float64"),
 )
 FULL = FLOAT32 + PERMUTED + OTHER_DTYPES
+# Only a GPU has the memory for these: few channels and many rows, short L, 1 GB, few rows and many channels.
+CUDA_FLOAT32 = tuple(
+    Point(shape) for shape in ((2000000, 1, 3), (1000000, 16, 16), (136000, 16, 16), (262144, 1024), (8, 65536))
+)
+CUDA = (
+    *(replace(p, dtype="float32") for p in (*FLOAT32, *CUDA_FLOAT32, *PERMUTED)),
+    *(replace(p, dtype="bfloat16") for p in (*FLOAT32, *CUDA_FLOAT32, *PERMUTED)),
+    *(replace(p, dtype="float16") for p in (*FLOAT32, *CUDA_FLOAT32, *PERMUTED)),
+    Point((1024, 1024), "float64"),
+)
 QUICK = (*FLOAT32, PERMUTED[0], OTHER_DTYPES[1])
 
 

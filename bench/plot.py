@@ -91,9 +91,10 @@ def draw(records: list[Record], path: Path) -> None:
         if handles:
             figure.legend(handles, titles, loc=place, ncols=len(titles), fontsize=9)
     first = records[0]
+    timing = first.get("timing", "calls")
+    how = f"{first['threads']} threads" if not first["device"].startswith("cuda") else f"timed by {timing}"
     figure.suptitle(
-        f"{first['device_name']}, {first['threads']} threads, torch {first['torch']}, bn_ext {first['bn_ext']}, "
-        f"commit {first['commit']}"
+        f"{first['device_name']}, {how}, torch {first['torch']}, bn_ext {first['bn_ext']}, commit {first['commit']}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

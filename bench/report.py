@@ -81,8 +81,9 @@ def table(found: list[Row], mode: str) -> Table:
     out = Table(title=f"{mode.replace('_', ' + ')}, microseconds (median)", title_justify="left")
     out.add_column("shape, dtype")
     compiled = any("compile" in row.by_contender for row in found)
+    counted = any(record.get("launches") for row in found for record in row.by_contender.values())
     headings = ["bn_ext", "p20-p80", "nn", "copy", "vs nn", "GB/s", "of limit"]
-    for heading in headings + ["compile", "vs compile"] * compiled:
+    for heading in headings + ["compile", "vs compile"] * compiled + ["launches"] * counted:
         out.add_column(heading, justify="right", no_wrap=True)
     colours = {"faster": "green", "slower": "red"}
     for row in (row for row in found if row.mode == mode):
@@ -101,6 +102,9 @@ def table(found: list[Row], mode: str) -> Table:
         ]
         if compiled:
             cells += [_number(medians.get("compile")), _times(ratio(row, "compile", "bn_ext"))]
+        if counted:
+            both = (row.by_contender.get(name, {}).get("launches") for name in ("bn_ext", "nn"))
+            cells.append(" : ".join("-" if count is None else str(count) for count in both))
         out.add_row(label(row.point), *cells)
     return out
 
@@ -146,10 +150,20 @@ def show(records: list[Record], console: Console) -> None:
         if any(row.mode == mode for row in found):
             console.print(table(found, mode))
     first = records[0]
+    if first["device"].startswith("cuda"):
+        where = f"{first['device_name']}, driver {first['driver']}, torch {first['torch']}, bn_ext {first['bn_ext']}"
+        how = {"calls": "Calls from Python, events around blocks of them", "replay": "Replays of a CUDA graph of calls"}
+        timed = f"{how[first['timing']]}; launches are bn_ext : nn.\n"
+    else:
+        where = (
+            f"{first['device_name']}, {first['threads']} threads, torch {first['torch']} ({first['torch_isa']}), "
+            f"bn_ext {first['bn_ext']} ({first['isa']})"
+        )
+        timed = ""
     console.print(
-        f"{first['device_name']}, {first['threads']} threads, torch {first['torch']} ({first['torch_isa']}), "
-        f"bn_ext {first['bn_ext']} ({first['isa']}), commit {first['commit']}",
-        "GB/s counts the least bytes of the mode; the limit is dst.copy_(src) of the same tensor in the same run.",
+        f"{where}, commit {first['commit']}",
+        timed
+        + "GB/s counts the least bytes of the mode; the limit is dst.copy_(src) of the same tensor in the same run.",
         sep="\n",
     )
     lines = means(found)

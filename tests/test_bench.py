@@ -30,6 +30,7 @@ from grid import Point
 KEYS = {
     *("device", "dtype", "shape", "layout", "mode", "contender", "median_us", "p20_us", "p80_us", "bytes", "gbps"),
     *("limit_fraction", "threads", "torch", "commit", "device_name", "python", "timestamp", "bn_ext", "isa", "speedup"),
+    *("driver", "timing", "launches"),
 }
 TINY = timing.Plan(block=1e-5, budget=0.0, min_rounds=2)
 
@@ -64,6 +65,15 @@ def test_grid_covers_sizes_dtypes_and_layouts() -> None:
     assert {"float32", "bfloat16", "float16", "float64"} == {point.dtype for point in grid.FULL}
     assert {"contiguous", "nlc"} == {point.layout for point in grid.FULL}
     assert min(p.bytes for p in grid.FLOAT32) < 1e4 and max(p.bytes for p in grid.FLOAT32) > 6e7
+
+
+def test_the_grid_of_a_gpu_has_every_shape_in_three_types() -> None:
+    assert len(set(grid.CUDA)) == len(grid.CUDA)
+    large = {(2000000, 1, 3), (1000000, 16, 16), (136000, 16, 16), (262144, 1024), (8, 65536)}
+    for dtype in ("float32", "bfloat16", "float16"):
+        here = {(point.shape, point.layout) for point in grid.CUDA if point.dtype == dtype}
+        assert here == {(p.shape, p.layout) for p in grid.FLOAT32 + grid.PERMUTED} | {(s, "contiguous") for s in large}
+    assert set(grid.FULL) <= set(grid.CUDA)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -146,6 +156,23 @@ def test_disagreement_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(contenders.Disagreement, match="32x64 float32: output differs"):
         contenders.check_agreement(Point((32, 64)), cpu)
     assert bench_batchnorm.main(["--quick", "--filter", "32x64"]) == 1
+
+
+def test_a_point_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(point: Point, device: torch.device) -> None:
+        if point.shape == (32, 64):
+            raise RuntimeError("out of luck\nsecond line")
+
+    monkeypatch.setattr(bench_batchnorm, "QUICK_PLAN", TINY)
+    monkeypatch.setattr(bench_batchnorm, "check_agreement", fail)
+    file = tmp_path / "r.jsonl"
+    arguments = ["--quick", "--filter", "32x64,128x256", "--filter", "float32", "--json", str(file)]
+    assert bench_batchnorm.main(arguments) == 1
+    assert {tuple(json.loads(line)["shape"]) for line in file.read_text().splitlines()} == {(128, 256)}
+    message = capsys.readouterr().err
+    assert "error: 32x64 float32: out of luck\n" in message and "1 of 2 points went wrong" in message
 
 
 @pytest.mark.parametrize("contender", ["bn_ext", "nn"])
@@ -251,7 +278,11 @@ def test_geometric_mean_by_mode_dtype_and_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--modes", "sideways"], ["--threads", "0"], ["--device", "abacus"], ["--filter", "7x7"]]
+    "arguments",
+    [
+        *(["--modes", "sideways"], ["--threads", "0"], ["--device", "abacus"], ["--filter", "7x7"]),
+        *(["--seconds", "0"], ["--replay"]),
+    ],
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -277,10 +308,31 @@ def test_quick_shares_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPatch) 
     assert late.budget == 0.0 and late.min_rounds < bench_batchnorm.QUICK_PLAN.min_rounds
 
 
+def test_seconds_are_shared_by_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = bench_batchnorm.Runner(bench_batchnorm.parse(["--seconds", "100"]), bench_batchnorm.Console(stderr=True))
+    start = runner.deadline - 85.0
+    monkeypatch.setattr(bench_batchnorm.time, "perf_counter", lambda: start + 35.0)
+    assert runner.plan_for(100).budget == pytest.approx(0.5)
+    assert runner.plan_for(1) == bench_batchnorm.SHARED_PLAN
+    assert bench_batchnorm.Runner(bench_batchnorm.parse([]), bench_batchnorm.Console(stderr=True)).deadline is None
+
+
 def test_commit_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "_HERE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
     assert environment.commit() == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "0123456789ab")
+    assert environment.commit() == "0123456789ab"
+
+
+def test_driver_is_what_its_own_tool_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.driver() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.1.2\n")
+    tool.chmod(0o755)
+    assert environment.driver() == "580.1.2"
 
 
 def test_cuda_input_sets_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +346,35 @@ def test_cuda_input_sets_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
     assert timing_cuda.input_sets(1, device) == timing_cuda.MAX_SETS
 
 
+def test_launches_are_what_ran_on_the_gpu() -> None:
+    cuda, cpu = timing_cuda.DeviceType.CUDA, timing_cuda.DeviceType.CPU
+    events = [
+        SimpleNamespace(name="cudaLaunchKernel", device_type=cpu, is_user_annotation=False),
+        SimpleNamespace(name="kernel", device_type=cuda, is_user_annotation=False),
+        SimpleNamespace(name="Memset (Device)", device_type=cuda),
+        SimpleNamespace(name="a range", device_type=cuda, is_user_annotation=True),
+    ]
+    assert timing_cuda.on_device(events) == ["kernel", "Memset (Device)"]
+
+
+def test_launches_are_a_column_where_they_were_counted() -> None:
+    pair = [record("nn", 9, 10, 11, launches=5), record("bn_ext", 4, 5, 6, launches=1, gbps=1.0, limit_fraction=0.5)]
+    column = report.table(report.rows(pair), "eval").columns[-1]
+    assert column.header == "launches" and list(column.cells) == ["1 : 5"]
+    for line in pair:
+        line["launches"] = None
+    assert report.table(report.rows(pair), "eval").columns[-1].header == "of limit"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ("--quick", "--filter", "32x64*", "--device", "cuda")
+@pytest.mark.parametrize("timing_by", [(), ("--replay",)], ids=["calls", "replay"])
+def test_cuda_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, timing_by: tuple[str, ...]) -> None:
+    arguments = ("--quick", "--filter", "32x64*", "--device", "cuda", *timing_by)
     found = measure(monkeypatch, tmp_path / "r.jsonl", *arguments)
-    assert found and all(line["median_us"] > 0 and line["cuda"] for line in found)
+    assert found and all(line["median_us"] > 0 and line["cuda"] and line["driver"] for line in found)
+    assert {line["timing"] for line in found} == {"replay" if timing_by else "calls"}
+    for line in found:
+        assert line["launches"] is None if line["contender"] == "copy" else line["launches"] >= 1, line
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the policy is glibc's mallopt")
