@@ -14,13 +14,14 @@ LIBRARY_SOURCES := setup.py pyproject.toml bn_ext/_version.py $(wildcard buildto
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format build clean distclean
+.PHONY: help demo test bench bench-compare lint format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
 	@echo 'make test    run every test'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
+	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  let ruff and clang-format lay the code out'
 	@echo 'make build   set up $(VENV) and build the library'
@@ -36,6 +37,12 @@ test: $(STAMPS)/test $(STAMPS)/built
 bench: $(STAMPS)/demo $(STAMPS)/built
 	@mkdir -p $(dir $(RESULT))
 	$(PY) bench/bench_batchnorm.py --json $(RESULT).jsonl --plot $(RESULT).png
+
+bench-compare: $(STAMPS)/demo $(STAMPS)/built
+	@test -f '$(BASE)' || { echo 'say BASE=bench/results/<file>.jsonl' >&2; exit 1; }
+	@mkdir -p $(dir $(RESULT))
+	$(PY) bench/bench_batchnorm.py --json $(RESULT).jsonl $(BENCH)
+	$(PY) bench/compare.py $(BASE) $(RESULT).jsonl
 
 lint: $(STAMPS)/lint $(STAMPS)/torch
 	$(BIN)/ruff check .

@@ -248,6 +248,44 @@ def test_small_variance_below_eps(device: str) -> None:
         check_module(bn_ext.FusedBatchNorm1d(4, device=device), x, normal((999, 4), device=device, seed=1))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize(
+    ("std", "ratio"), [(1e-8, 2e5), (1e-7, 1e4), (1e-6, 1e3), (1e-6, 1e5), (1e-5, 1e2), (1e-4, 10.0)]
+)
+@pytest.mark.parametrize(("shape", "layout"), [((4096, 33), "contiguous"), ((16, 6, 1500), "permuted")], ids=str)
+def test_gradients_where_eps_hides_the_variance(
+    device: str, std: float, ratio: float, shape: tuple[int, ...], layout: str
+) -> None:
+    """invstd says nothing of the spread here: a reduction that centres by it alone loses the gradient of the weight."""
+    x = LAYOUTS[layout](normal(shape, device=device, std=std, mean=std * ratio))
+    module = module_for(bn_ext.FusedBatchNorm1d, shape[1], device)
+    check_module(module, x, normal(shape, device=device, seed=1, mean=0.25))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((140_000, 64), torch.float32), ((2_900_000, 3), torch.float32), ((70, 128, 1030), torch.float32),
+     ((70_000, 257), torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_outputs_past_the_caches(device: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    """Outputs of 32 MiB and more are written past the caches on the CPU."""
+    x = LAYOUTS[layout](normal(shape, dtype, device, mean=0.3))
+    assert x.numel() * x.element_size() >= 32 << 20
+    g = LAYOUTS[layout](normal(shape, dtype, device, seed=1, mean=0.1))
+    module = module_for(bn_ext.FusedBatchNorm1d, shape[1], device)
+    # Native in float64 is off by 1e-12 here; the reference of reference.py would take minutes.
+    native = module_for(nn.BatchNorm1d, shape[1], device, dtype=torch.float64)
+    result, wide = step(module, x, g), step(native, x.double(), g.double())
+    for mine, right in ((result.output, wide.output), (result.grad_input, wide.grad_input)):
+        assert mine is not None and right is not None
+        # The output's promise for the largest weight, and the last rounding: near zero the first outweighs it.
+        bound = OUTPUT_BOUND * 1.75 + ulp(right, dtype)
+        error = (mine.double() - right).abs()
+        assert bool((error <= bound).all()), float((error / bound).max())
+
+
 def test_two_rows_far_from_zero(device: str) -> None:
     x = torch.tensor([[1e6, 1.0], [1e6 + 1, 1.0 + 2**-20]], device=device)
     check_module(bn_ext.FusedBatchNorm1d(2, device=device), x, torch.tensor([[1.0, 2.0], [3.0, -1.0]], device=device))

@@ -115,10 +115,11 @@ inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
   }
 }
 
-// What backward knows of the channels: forward's saved values, or the running statistics.
+// What backward knows of the channels, from forward's saved values or the running statistics. `rest` = mean - shift.
+template <class T>
 struct ChannelState {
-  Means means;
-  double* invstd;
+  Centres<T> centres;
+  double *rest, *invstd;
 };
 
 template <class T>
@@ -133,17 +134,20 @@ inline void channel_mean(const BackwardArgs& a, int64_t c, Scalar<T>* hi, Scalar
 }
 
 template <class T>
-inline void load_state(const BackwardArgs& a, const ChannelState& s, int64_t c) {
+inline void load_state(const BackwardArgs& a, const ChannelState<T>& s, int64_t c) {
   Scalar<T> hi, lo;
   channel_mean<T>(a, c, &hi, &lo);
-  two_sum<double>(hi, lo, s.means.row(0) + c, s.means.row(1) + c);
+  two_sum<double>(hi, lo, s.centres.means.row(0) + c, s.centres.means.row(1) + c);
   s.invstd[c] = a.saved ? static_cast<const Scalar<T>*>(a.saved)[2 * a.shape.c + c]
                         : inverse_std(load_element(a.running_var, c), a.eps);
+  const Scalar<T> shift = coarse_shift(hi, static_cast<Scalar<T>>(s.invstd[c]));
+  s.centres.shift.row(0)[c] = shift;
+  s.rest[c] = static_cast<double>(hi) - shift + lo;
 }
 
 // Summed chunks of channel c -> parameter gradients and, in training, the coefficients of dx.
 template <class T>
-inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const ChannelState& s, int64_t c,
+inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const ChannelState<T>& s, int64_t c,
                             const GradCoefficients<T>& out) {
   const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
   if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
@@ -162,7 +166,7 @@ inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const C
 
 // Evaluation: dx = dy * scale, which is a normalise of dy; x is not read.
 template <class T>
-inline void scale_gradient(const BackwardArgs& a, const ChannelState& s, Scalar<T>* memory, const Parallel& par) {
+inline void scale_gradient(const BackwardArgs& a, const ChannelState<T>& s, Scalar<T>* memory, const Parallel& par) {
   const TensorRef operands[] = {a.dx, a.dy};
   const Geometry g = make_geometry(a.shape, operands, 2);
   const NormaliseCoefficients<T> coefficients{memory, g.channels};
@@ -183,11 +187,13 @@ inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
   const Geometry g = make_geometry(a.shape, operands, 3);
   const int64_t chunks = g.chunks(), channels = g.channels;
-  const Scratch scratch((chunks * 2 + 3 + 5) * channels);
+  const Scratch scratch((chunks * 2 + 5 + 5) * channels);
   const GradSums sums{scratch.data(), channels};
   double* of_channels = scratch.data() + chunks * 2 * channels;
-  const ChannelState state{{of_channels, channels}, of_channels + 2 * channels};
-  const GradCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + 3 * channels), channels};
+  double *rest = of_channels + 2 * channels, *invstd = rest + channels;
+  Scalar<T>* shift = reinterpret_cast<Scalar<T>*>(invstd + channels);
+  const ChannelState<T> state{{{of_channels, channels}, {shift, channels}, rest}, rest, invstd};
+  const GradCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + 5 * channels), channels};
   for (int64_t c = 0; c < channels; ++c) load_state<T>(a, state, c);
   if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
   if (!a.saved && !a.grad_weight && !a.grad_bias) return;
@@ -197,9 +203,9 @@ inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const bool one_by_one = channel_at_a_time(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
     if (g.columns) {
-      reduce_columns(g, dy, x, state.means, sums, p);
+      reduce_columns(g, dy, x, state.centres, sums, p);
     } else {
-      reduce_planes(g, dy, x, state.means, sums, c0, c1, p);
+      reduce_planes(g, dy, x, state.centres, sums, c0, c1, p);
     }
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       sum_chunks(g, sums, b, e);

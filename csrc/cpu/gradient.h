@@ -19,6 +19,25 @@ inline VecD centre(const T* x, VecD mean, VecD rest) {
   return d;
 }
 
+// body(count, rows_dy, rows_x) over groups of rows of a task; single rows past the caches, see kStreamBytes.
+template <class T, class Body>
+inline void for_gradient_rows(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
+                              int64_t r0, int64_t r1, T* buffer_dy, T* buffer_x, const Body& body) {
+  int64_t r = r0;
+  const auto pair = [&](auto count, const T* const* rows_x) {
+    constexpr int kRows = decltype(count)::value;
+    const T* rows_dy[kRows];
+    for (int j = 0; j < kRows; ++j) rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
+    body(count, rows_dy, rows_x);
+    r += kRows;
+  };
+  if (streams(g, sizeof(T))) {
+    for_row_groups<1>(x, r0, r1, t.v0, t.n, buffer_x, pair);
+  } else {
+    for_row_groups<kGradientRowGroup>(x, r0, r1, t.v0, t.n, buffer_x, pair);
+  }
+}
+
 template <class T, int kRows>
 inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int64_t n, const double* const* mean,
                                      double* sum, double* dot) {
@@ -30,8 +49,8 @@ inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int6
     const auto rest = load_raw<VecD>(tail ? padded<kLanesD>(mean[1] + v, left, 0.0, buffer_rest) : mean[1] + v);
     VecD a = load_raw<VecD>(sum + v), b = load_raw<VecD>(dot + v);
     for (int j = 0; j < kRows; ++j) {
-      prefetch(x[j] + v);
-      prefetch(dy[j] + v);
+      prefetch_ahead(x[j] + v);
+      prefetch_ahead(dy[j] + v);
       const T* px = tail ? padded<kLanesD>(x[j] + v, left, T(), buffer_x) : x[j] + v;
       const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v);
       a += g;
@@ -42,94 +61,86 @@ inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int6
   });
 }
 
+// Sums of a task's columns -> sums of their channels, for the channels that `redo` marks (all if null). correct(c, sum,
+// dot) returns the dot that is stored. With `unsafe` given, channels whose sums are not finite are marked there instead
+// of being stored; returns whether there was one.
+template <class Correct>
+inline bool store_gradient_columns(const Geometry& g, const ColumnTask& t, double* sum, double* dot,
+                                   const GradSums& sums, const bool* redo, bool* unsafe, const Correct& correct) {
+  const int64_t n = t.n, fast = g.fast(), step = g.by_span ? fast : 1;
+  const int64_t channels = g.by_span ? n / fast : std::min(n, fast), c0 = g.by_span ? t.v0 / fast : t.v0;
+  if (g.by_span) {
+    for (int64_t v = 0; v < n; v += fast) {
+      for (int64_t j = 1; j < fast; ++j) sum[v] += sum[v + j], dot[v] += dot[v + j];
+    }
+  } else {
+    for (int64_t v = fast; v < n; v += fast) {
+      for (int64_t c = 0; c < channels; ++c) sum[c] += sum[v + c], dot[c] += dot[v + c];
+    }
+  }
+  double *out_sum = sums.row(t.chunk, 0) + c0, *out_dot = sums.row(t.chunk, 1) + c0;
+  bool any = false;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double s = sum[c * step], d = dot[c * step];
+    if (unsafe) any |= unsafe[c] = !is_finite(s) || !is_finite(d);
+    if (unsafe ? unsafe[c] : redo && !redo[c]) continue;
+    out_sum[c] = s;
+    out_dot[c] = correct(c0 + c, s, d);
+  }
+  return any;
+}
+
+// Columns of a task in double, which holds whatever the values are; `redo` as in store_gradient_columns.
 template <class T>
-inline void gradient_columns_chunk(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
-                                   const Means& means, const GradSums& sums) {
+inline void gradient_columns_double(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
+                                    const Means& means, const GradSums& sums, const bool* redo = nullptr) {
   alignas(64) double sum[kBlockColumns], dot[kBlockColumns];
   alignas(64) double expanded[2 * kBlockColumns];
   T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
   const double* mean[2];
   means.expand(g, t.v0, t.n, expanded, mean);
-  const int64_t padded_n = (t.n + kLanesD - 1) / kLanesD * kLanesD;
-  std::fill(sum, sum + padded_n, 0.0);
-  std::fill(dot, dot + padded_n, 0.0);
-  int64_t r = t.r0;
-  const auto body = [&](auto count, const T* const* rows) {
-    constexpr int kRows = decltype(count)::value;
-    const T* rows_dy[kRows];
-    for (int j = 0; j < kRows; ++j) rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
-    accumulate_gradient_rows<T, kRows>(rows_dy, rows, t.n, mean, sum, dot);
-    r += kRows;
-  };
-  if (g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes) {
-    for_row_groups<1>(x, t.r0, t.r1, t.v0, t.n, buffer_x, body);
-  } else {
-    for_row_groups<kGradientRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer_x, body);
-  }
-  const int64_t fast = g.fast();
-  double *out_sum = sums.row(t.chunk, 0), *out_dot = sums.row(t.chunk, 1);
-  if (g.by_span) {
-    for (int64_t v = 0; v < t.n; v += fast) {
-      double a = 0, b = 0;
-      for (int64_t j = v; j < v + fast; ++j) a += sum[j], b += dot[j];
-      out_sum[(t.v0 + v) / fast] = a;
-      out_dot[(t.v0 + v) / fast] = b;
-    }
-    return;
-  }
-  const int64_t channels = std::min(t.n, fast);
-  for (int64_t v = fast; v < t.n; v += fast) {
-    for (int64_t c = 0; c < channels; ++c) sum[c] += sum[v + c], dot[c] += dot[v + c];
-  }
-  std::copy(sum, sum + channels, out_sum + t.v0);
-  std::copy(dot, dot + channels, out_dot + t.v0);
+  const int64_t size = padded_size(t.n);
+  std::fill(sum, sum + size, 0.0);
+  std::fill(dot, dot + size, 0.0);
+  for_gradient_rows(g, dy, x, t, t.r0, t.r1, buffer_dy, buffer_x,
+                    [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
+                      accumulate_gradient_rows<T, decltype(count)::value>(rows_dy, rows_x, t.n, mean, sum, dot);
+                    });
+  store_gradient_columns(g, t, sum, dot, sums, redo, nullptr, [](int64_t, double, double d) { return d; });
 }
 
-template <class T>
-inline void gradient_planes_chunk(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
-                                  const Means& means, const GradSums& sums) {
-  const PlaneChunk p = plane_chunk(g, chunk);
+// body(n, pdy, px) over the pieces of a chunk of one channel.
+template <class T, class Body>
+inline void for_gradient_runs(const Reader<T>& dy, const Reader<T>& x, const PlaneChunk& p, int64_t c,
+                              const Body& body) {
   T buffer_dy[kGather], buffer_x[kGather];
-  const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
-  RunSums acc;
   const int64_t step = dy.direct() && x.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
     for (int64_t i = 0; i < p.n; i += step) {
       const int64_t n = std::min(step, p.n - i);
-      const T* px = x.run(o, c, p.i0 + i, n, buffer_x);
-      const T* pdy = dy.run(o, c, p.i0 + i, n, buffer_dy);
-      for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
-        T tail_x[kLanesD], tail_dy[kLanesD];
-        prefetch(px + j);
-        prefetch(pdy + j);
-        const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
-        const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
-        acc.s1[u] += v;
-        acc.s2[u] += v * centre(at_x, mean, rest);
-      });
+      body(n, dy.run(o, c, p.i0 + i, n, buffer_dy), x.run(o, c, p.i0 + i, n, buffer_x));
     }
   }
+}
+
+template <class T>
+inline void gradient_planes_double(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
+                                   const Means& means, const GradSums& sums) {
+  const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
+  RunSums acc;
+  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
+    for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
+      T tail_x[kLanesD], tail_dy[kLanesD];
+      prefetch_ahead(px + j);
+      prefetch_ahead(pdy + j);
+      const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
+      const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
+      acc.s1[u] += v;
+      acc.s2[u] += v * centre(at_x, mean, rest);
+    });
+  });
   sums.row(chunk, 0)[c] = acc.total1();
   sums.row(chunk, 1)[c] = acc.total2();
-}
-
-template <class T>
-inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Means& means,
-                           const GradSums& sums, const Parallel& par) {
-  parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) gradient_columns_chunk(g, dy, x, column_task(g, task), means, sums);
-  });
-}
-
-template <class T>
-inline void reduce_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Means& means,
-                          const GradSums& sums, int64_t c0, int64_t c1, const Parallel& par) {
-  const int64_t chunks = g.chunks();
-  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      gradient_planes_chunk(g, dy, x, task % chunks, c0 + task / chunks, means, sums);
-    }
-  });
 }
 
 // Adds the chunks of channels [c0, c1) in their order, into chunk 0.

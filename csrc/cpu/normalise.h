@@ -12,6 +12,21 @@ struct Coefficients {
   int64_t channels;
   E* row(int which) const { return data + which * channels; }
 
+  // As expand, for columns that are read pack by pack of T: in their order, the last pack filled up with zeros.
+  template <class T>
+  void expand_packs(const Geometry& g, int64_t v0, int64_t n, E* buffer, const E** rows) const {
+    expand(g, v0, n, buffer, rows);
+    const int64_t size = packed_size<T>(n);
+    if (kPackVectors<T> == 1 && size == n) return;
+    for (int i = 0; i < kCount; ++i) {
+      E in[kBlockColumns], *out = buffer + i * kBlockColumns;
+      std::copy(rows[i], rows[i] + n, in);
+      std::fill(in + n, in + size, E(0));
+      to_packs<T>(in, n, out);
+      rows[i] = out;
+    }
+  }
+
   // rows[i]: coefficient i of columns [v0, v0 + n), in place where a column is a channel.
   void expand(const Geometry& g, int64_t v0, int64_t n, E* buffer, const E** rows) const {
     const int64_t fast = g.fast();
@@ -34,22 +49,24 @@ template <class T>
 using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
 
 // kCentred = false: every mean_hi of the row is zero and is not even loaded, which is a quarter of the loads. x - 0 is
-// x, so the bits are the same.
-template <class T, bool kCentred>
-inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c) {
-  constexpr int kLanes = Compute<T>::lanes;
-  for_vectors<kLanes>(n, [&](int64_t v, auto tail) {
-    T buffer[kLanes];
-    Scalar<T> buffer_c[kLanes];
-    const int64_t left = n - v;
-    VecC<T> k[3] = {};
-    for (int i = kCentred ? 0 : 1; i < 3; ++i) {
-      k[i] = load_raw<VecC<T>>(tail ? padded<kLanes>(c[i] + v, left, Scalar<T>(), buffer_c) : c[i] + v);
+// x, so the bits are the same. kStream: y is streamed, and where rows are wider than a task (ahead != 0, see
+// elements_ahead) x is fetched early.
+template <class T, bool kCentred, bool kStream>
+inline void normalise_row(const T* x, T* y, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
+  for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    T buffer[kN];
+    if (kStream && ahead != 0) prefetch(x + v + ahead);
+    VecC<T> value[kVectors];
+    load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer) : x + v, value);
+    for (int u = 0; u < kVectors; ++u) {
+      VecC<T> k[3];
+      for (int i = kCentred ? 0 : 1; i < 3; ++i) k[i] = load_raw<VecC<T>>(c[i] + v + u * Compute<T>::lanes);
+      value[u] = kCentred ? normalise<T>(value[u], k[0], k[1], k[2]) : value[u] * k[1] + k[2];
     }
-    const T* p = tail ? padded<kLanes>(x + v, left, T(), buffer) : x + v;
-    const VecC<T> value = load_compute(p);
-    store_compute(tail ? buffer : y + v, kCentred ? normalise<T>(value, k[0], k[1], k[2]) : value * k[1] + k[2]);
-    if (tail) std::copy(buffer, buffer + left, y + v);
+    if (kStream && !tail) return stream_pack(y + v, value);
+    store_pack(tail ? buffer : y + v, value);
+    if (tail) std::copy(buffer, buffer + (n - v), y + v);
   });
 }
 
@@ -60,15 +77,18 @@ inline bool all_zero(const E* p, int64_t n) {
   return zero;
 }
 
-template <class T>
+template <class T, bool kStream>
 inline void normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficients<T>& c, int64_t channel) {
-  constexpr int kLanes = Compute<T>::lanes;
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   const auto hi = broadcast<VecC<T>>(c.row(0)[channel]), scale = broadcast<VecC<T>>(c.row(1)[channel]),
              shift = broadcast<VecC<T>>(c.row(2)[channel]);
-  for_run<kLanes>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
-    T buffer[kLanes];
-    const T* p = tail ? padded<kLanes>(x + i, n - i, T(), buffer) : x + i;
-    store_compute(tail ? buffer : y + i, normalise<T>(load_compute(p), hi, scale, shift));
+  for_run<kN>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
+    T buffer[kN];
+    VecC<T> value[kVectors];
+    load_pack(tail ? padded<kN>(x + i, n - i, T(), buffer) : x + i, value);
+    for (int u = 0; u < kVectors; ++u) value[u] = normalise<T>(value[u], hi, scale, shift);
+    if (kStream && !tail) return stream_pack(y + i, value);
+    store_pack(tail ? buffer : y + i, value);
     if (tail) std::copy(buffer, buffer + (n - i), y + i);
   });
 }
@@ -92,23 +112,38 @@ inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body)
   for (int64_t i = 0; i < end - begin; ++i) body(order == Order::kForward ? begin + i : end - 1 - i);
 }
 
+template <class T, bool kStream>
+inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t,
+                           const Scalar<T>* const* c) {
+  T buffer[kBlockColumns];
+  const bool centred = !all_zero(c[0], packed_size<T>(t.n));
+  const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    const T* in = x.row(r, t.v0, t.n, buffer);
+    T* out = lead_row(g, y, r, t.v0);
+    if (kStream && !streamable(out)) {
+      normalise_row<T, true, false>(in, out, t.n, ahead, c);
+    } else if (centred) {
+      normalise_row<T, true, kStream>(in, out, t.n, ahead, c);
+    } else {
+      normalise_row<T, false, kStream>(in, out, t.n, ahead, c);
+    }
+  }
+}
+
 template <class T>
 inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
                               Order order, const Parallel& par) {
+  const bool stream = streams_output(g, sizeof(T));
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[3 * kBlockColumns];
-    T buffer[kBlockColumns];
     const Scalar<T>* c[3];
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
-      coefficients.expand(g, t.v0, t.n, expanded, c);
-      const bool centred = !all_zero(c[0], t.n);
-      for (int64_t r = t.r0; r < t.r1; ++r) {
-        const T* in = x.row(r, t.v0, t.n, buffer);
-        T* out = lead_row(g, y, r, t.v0);
-        centred ? normalise_row<T, true>(in, out, t.n, c) : normalise_row<T, false>(in, out, t.n, c);
-      }
+      coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
+      stream ? normalise_task<T, true>(g, x, y, t, c) : normalise_task<T, false>(g, x, y, t, c);
     });
+    stream_fence();
   });
 }
 
@@ -132,14 +167,22 @@ inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, O
       c = way > 0 ? 0 : channels - 1;
       o += way;
     }
+    stream_fence();
   });
 }
 
 template <class T>
 inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
                              int64_t c0, int64_t c1, Order order, const Parallel& par) {
+  const bool stream = streams_output(g, sizeof(T));
   for_planes(g, c0, c1, x.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
     T buffer[kGather];
-    normalise_run(x.run(o, c, i0, n, buffer), lead_run(g, y, o, c, i0), n, coefficients, c);
+    const T* in = x.run(o, c, i0, n, buffer);
+    T* out = lead_run(g, y, o, c, i0);
+    if (stream && streamable(out)) {
+      normalise_run<T, true>(in, out, n, coefficients, c);
+    } else {
+      normalise_run<T, false>(in, out, n, coefficients, c);
+    }
   });
 }

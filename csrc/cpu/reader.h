@@ -49,6 +49,20 @@ constexpr int kRowGroup = 8, kGradientRowGroup = 4;
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
 
+inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
+inline bool streams_output(const Geometry& g, int64_t element_size) {
+  return g.outer * g.channels * g.inner * element_size >= kStreamedOutput;
+}
+
+// How far from an element lies what is read kPrefetchBytes later: right there in memory, or, where a task takes only n
+// elements of the lead's every row (or outer index, for planes), some of these further.
+inline int64_t elements_ahead(const Geometry& g, int64_t element_size, int64_t n) {
+  const int64_t bytes = n * element_size,
+                step = g.columns ? g.row_offset(0, 1) - g.row_offset(0, 0) : g.strides[0].outer;
+  const bool along = g.columns ? n == g.cols : bytes >= 2 * kPrefetchBytes || g.outer == 1;
+  return along ? kPrefetchBytes / element_size : (kPrefetchBytes / bytes + 1) * step;
+}
+
 // Calls body(rows, pointers) for groups of `kRows` rows, then for single rows.
 template <int kRows, class T, class Body>
 inline void for_row_groups(const Reader<T>& x, int64_t r0, int64_t r1, int64_t v0, int64_t n, T* buffer, Body body) {

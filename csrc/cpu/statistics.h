@@ -58,7 +58,7 @@ inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift
     const VecD k = load_raw<VecD>(shift + v);
     VecD a = load_raw<VecD>(s1 + v), b = load_raw<VecD>(s2 + v);
     for (int j = 0; j < kRows; ++j) {
-      prefetch(rows[j] + v);
+      prefetch_ahead(rows[j] + v);
       const T* p = tail ? padded<kLanesD>(rows[j] + v, n - v, T(), buffer) : rows[j] + v;
       const VecD d = load_double(p) - k;
       a += d;

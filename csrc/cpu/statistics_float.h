@@ -36,7 +36,7 @@ inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* 
     const VecF k = load_raw<VecF>(shift + v);
     VecF a = load_raw<VecF>(f1 + v), b = load_raw<VecF>(f2 + v);
     for (int j = 0; j < kRows; ++j) {
-      prefetch(rows[j] + v);
+      prefetch_ahead(rows[j] + v);
       const VecF d = widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k;
       a += d;
       b += d * d;
@@ -125,7 +125,7 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
     for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
     for_run<kLanesF>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
       VecF value;
-      prefetch(p + i0 + i);
+      prefetch_ahead(p + i0 + i);
       if (tail) {
         float buffer[kLanesF] = {};
         for (int64_t j = 0; j < kLanesF; ++j) {

@@ -82,9 +82,10 @@ inline void narrow(float16* p, Vec<float, N> v) {
 // One stream read from memory far ahead: the hardware's prefetchers stop at page ends and start late (measured:
 // statistics of a tensor in the last-level cache 1.6 times faster). Past the end of a tensor it is a no-op.
 constexpr int kPrefetchBytes = 4096;
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 template <class T>
-inline void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+inline void prefetch_ahead(const T* p) {
+  prefetch(p + kPrefetchBytes / sizeof(T));
 }
 
 // The type that element-wise passes compute in, and its vector.
@@ -111,6 +112,94 @@ template <class T>
 inline void store_compute(T* p, VecC<T> v) {
   narrow<Compute<T>::lanes>(p, v);
 }
+// What one step of a loop over elements takes. For bfloat16 two vectors, the even and the odd elements of one register:
+// each costs one instruction to widen, where neighbours would have to be moved across the register, in and out.
+template <class T>
+constexpr int kPackVectors = std::is_same<T, bfloat16>::value && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 2 : 1;
+template <class T>
+constexpr int kPack = kPackVectors<T> * Compute<T>::lanes;
+// n rounded up to whole packs.
+template <class T>
+constexpr int64_t packed_size(int64_t n) {
+  return (n + kPack<T> - 1) / kPack<T> * kPack<T>;
+}
+
+// n values of the order of memory into that of packs, and back; both whole packs long.
+template <class T, class E>
+inline void to_packs(const E* in, int64_t n, E* out) {
+  constexpr int kV = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  for (int64_t v = 0; v < n; v += kV * kLanes) {
+    for (int u = 0; u < kV; ++u) {
+      for (int j = 0; j < kLanes; ++j) out[v + u * kLanes + j] = in[v + j * kV + u];
+    }
+  }
+}
+template <class T, class E>
+inline void from_packs(const E* in, int64_t n, E* out) {
+  constexpr int kV = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  for (int64_t v = 0; v < n; v += kV * kLanes) {
+    for (int u = 0; u < kV; ++u) {
+      for (int j = 0; j < kLanes; ++j) out[v + j * kV + u] = in[v + u * kLanes + j];
+    }
+  }
+}
+
+template <class T>
+inline void load_pack(const T* p, VecC<T>* v) {
+  if constexpr (kPackVectors<T> == 1) {
+    v[0] = load_compute(p);
+  } else {
+    const auto both = load_raw<Vec<uint32_t, kLanesF>>(p);
+    v[0] = (VecC<T>)(both << 16);
+    v[1] = (VecC<T>)(both & 0xffff0000);
+  }
+}
+
+// Rounded to the upper 16 bits, ties to even; NaN becomes all ones.
+template <class V>
+inline Vec<uint32_t, kLanesF> round_to_upper(V value) {
+  const auto bits = (Vec<uint32_t, kLanesF>)value;
+  return (bits + 0x7fff + (bits >> 16 & 1)) | (Vec<uint32_t, kLanesF>)(value != value);
+}
+
+template <class T>
+inline void store_pack(T* p, const VecC<T>* v) {
+  if constexpr (kPackVectors<T> == 1) {
+    store_compute(p, v[0]);
+  } else {
+    store_raw(p, round_to_upper(v[0]) >> 16 | (round_to_upper(v[1]) & 0xffff0000));
+  }
+}
+
+// The same without reading the line first and past the caches, for an output that they cannot hold anyway. p must be
+// aligned to the pack. An output no larger stays with ordinary stores: who reads it next may find its end in cache.
+constexpr int64_t kStreamedOutput = int64_t(32) << 20;
+template <class T>
+inline void stream_pack(T* p, const VecC<T>* v) {
+#if defined(BN_EXT_X86)
+  T out[kPack<T>];
+  store_pack(out, v);
+#if BN_LEVEL >= 2
+  if constexpr (sizeof out == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_raw<__m512i>(out));
+#endif
+#if BN_LEVEL >= 1
+  if constexpr (sizeof out == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_raw<__m256i>(out));
+#endif
+  if constexpr (sizeof out == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_raw<__m128i>(out));
+#endif
+  store_pack(p, v);
+}
+template <class T>
+inline bool streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kPack<T> * sizeof(T)) == 0;
+}
+// Orders streamed stores before whatever this thread does next.
+inline void stream_fence() {
+#if defined(BN_EXT_X86)
+  _mm_sfence();
+#endif
+}
+
 // kLanesD elements, in the compute type and in double.
 template <class T>
 inline Vec<Scalar<T>, kLanesD> load_half(const T* p) {

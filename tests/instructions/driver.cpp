@@ -1,0 +1,82 @@
+// Runs one kernel of the AVX2 level a given number of times on warm memory, without torch: what
+// tests/test_instructions.py counts the instructions of. Usage: driver KERNEL TIMES.
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cpu/level_avx2.cpp"
+
+namespace {
+
+using namespace bn_ext;
+
+struct Case {
+  const char* name;
+  Shape shape;
+  DType dtype;
+  bool backward;
+};
+
+const Case kCases[] = {
+    {"forward_columns_float32", {512, 256, 1}, DType::kFloat32, false},
+    {"forward_planes_float32", {16, 16, 512}, DType::kFloat32, false},
+    {"backward_columns_float32", {512, 256, 1}, DType::kFloat32, true},
+    {"backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, true},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  for (const Case& c : kCases) {
+    if (std::strcmp(argv[1], c.name) != 0) continue;
+    const cpu::Kernels* kernels = cpu::kernels_avx2();
+    if (kernels == nullptr) return 3;
+    const int64_t numel = c.shape.numel();
+    // Values between -1 and 1 from a linear congruential generator; bfloat16 is a float's upper half.
+    std::vector<float> wide(3 * numel), statistics(3 * c.shape.c);
+    std::vector<uint16_t> narrow(3 * numel);
+    uint32_t state = 1;
+    for (int64_t i = 0; i < 3 * numel; ++i) {
+      state = state * 1664525u + 1013904223u;
+      wide[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &wide[i], 4);
+      narrow[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int64_t i = 0; i < c.shape.c; ++i) statistics[2 * c.shape.c + i] = 1.7f;
+    const auto tensor = [&](int k) {
+      void* data = c.dtype == DType::kFloat32 ? static_cast<void*>(wide.data() + k * numel) : narrow.data() + k * numel;
+      return TensorRef{data, c.shape.c * c.shape.l, c.shape.l, c.shape.l > 1 ? 1 : 0};
+    };
+    const Parallel one_thread = {1, [](int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+                                   body(context, 0, tasks);
+                                 }};
+    std::vector<float> grad_weight(c.shape.c), grad_bias(c.shape.c);
+    for (int i = 0; i < std::atoi(argv[2]); ++i) {
+      if (c.backward) {
+        BackwardArgs a;
+        a.shape = c.shape;
+        a.dtype = c.dtype;
+        a.dy = tensor(0);
+        a.x = tensor(1);
+        a.dx = tensor(2);
+        a.grad_weight = {grad_weight.data(), DType::kFloat32, 1};
+        a.grad_bias = {grad_bias.data(), DType::kFloat32, 1};
+        a.saved = statistics.data();
+        kernels->backward(a, one_thread);
+      } else {
+        ForwardArgs a;
+        a.shape = c.shape;
+        a.dtype = c.dtype;
+        a.x = tensor(0);
+        a.y = tensor(1);
+        a.eps = 1e-5;
+        a.saved = statistics.data();
+        kernels->forward(a, one_thread);
+      }
+    }
+    return 0;
+  }
+  return 2;
+}
