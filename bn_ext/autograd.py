@@ -1,6 +1,7 @@
 """autograd.Function around the operators: fused first derivatives, differentiable ones where a graph is asked for.
 
-These carry torch.compile, torch.export and torch.func; eager calls go through their twin in C++, which is faster.
+These carry torch.func, whose transforms take no node in C++; everything else goes through their twin there
+(csrc/autograd.cpp), which is faster.
 """
 
 from __future__ import annotations
@@ -93,11 +94,6 @@ class BatchNormInference(torch.autograd.Function):
         return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, None, None, None
 
 
-def _plain() -> bool:
-    """Return whether neither the compiler nor a torch.func transform is looking on."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -109,15 +105,10 @@ def batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """Return input (N, C) or (N, C, L) normalised, by its own statistics if training, else by the running ones (C,).
+    """Do what ops.batch_norm does, with the Functions above in place of its node in C++.
 
-    Training updates running_mean, running_var and num_batches_tracked in place where they are given; momentum None is
-    the cumulative average. Eager calls take the C++ node of csrc/autograd.cpp, others the Functions above.
+    input is (N, C) or (N, C, L), everything else (C,) or None; not training needs both running statistics.
     """
-    if _plain():
-        return ops.batch_norm(  # type: ignore[no-any-return]
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-        )
     if training:
         arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         return BatchNormTraining.apply(*arguments)[0]  # type: ignore[no-any-return, no-untyped-call]

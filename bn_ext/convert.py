@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
+from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d, mark_as_leaf
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,6 +21,9 @@ def _swap(model: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Mode
     for module in model.modules():
         if type(module) in classes:  # exact: a user's subclass has a forward of its own
             module.__class__ = classes[type(module)]
+            vars(module).pop("__module__", None)
+            if isinstance(module, FusedBatchNorm1d):
+                mark_as_leaf(module)
     return model
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
+from torch._C import _disabled_torch_function_impl as _no_override
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd
+from . import autograd, ops
 from ._guard import read_record
 
 # Devices with kernels; elsewhere torch's own batch norm runs.
 KERNEL_DEVICES = ("cpu", "meta", "cuda") if read_record()["cuda"] else ("cpu", "meta")
+
+# ops.batch_norm's arguments: input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+# eps.
+Implementation = Callable[..., Tensor]
 
 
 def has_kernel(input: Tensor) -> bool:
@@ -23,20 +33,43 @@ def has_kernel(input: Tensor) -> bool:
 
 def transforms_supported() -> bool:
     """Return whether every torch.func transform in force can differentiate our operators (vmap and jvp cannot)."""
+    if torch.compiler.is_dynamo_compiling():
+        return False  # torch.compile traces what an autograd.Function computes there, and loses its backward
     stack = get_interpreter_stack()
     return stack is None or all(level.key() == TransformType.Grad for level in stack)
 
 
-def native_only(input: Tensor) -> bool:
-    """Return whether torch's own batch norm must run: forward-mode AD, vmap, overriding tensor types."""
+def overrides_functions(input: Tensor) -> bool:
+    """Return whether input is of a type with a __torch_function__ of its own, torch.fx's stand-ins among them.
+
+    torch.overrides.has_torch_function also says yes to a plain tensor under a mode, torch.set_default_device's for one.
+    """
+    kind = type(input)
+    return kind is not Tensor and getattr(kind, "__torch_function__", _no_override) is not _no_override
+
+
+def choose(input: Tensor) -> Implementation | None:
+    """Return what computes batch norm where the call stands, or None where torch's own has to.
+
+    The operator is for eager calls, torch.compile, torch.export and torch.jit.trace; the Functions are for
+    torch.func.grad and vjp. Torch's own is for forward-mode AD, vmap, ONNX and tensor types that override functions.
+    """
+    if overrides_functions(input) or forward_ad._current_level >= 0:
+        return None
+    if _are_functorch_transforms_active():
+        return autograd.batch_norm if transforms_supported() else None
     if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active() and not transforms_supported():
-        return True
-    return torch.autograd.forward_ad._current_level >= 0 or has_torch_function_variadic(input)
+        # A graph is made once and run later: whether there is a kernel is settled now. Export shows fake tensors here.
+        plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else input.device.type in KERNEL_DEVICES
+        if not plain or torch.onnx.is_in_onnx_export():
+            return None
+    elif _get_tracing_state() and torch.onnx.is_in_onnx_export():
+        return None
+    return cast(Implementation, ops.batch_norm)
 
 
 def fused_batch_norm(
+    implementation: Implementation,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -49,12 +82,13 @@ def fused_batch_norm(
 ) -> Tensor | None:
     """Return the batch norm of input (N, C) or (N, C, L), or None where there is no kernel and nothing has changed.
 
-    training selects the batch's own statistics. momentum None is the cumulative average 1 / num_batches_tracked.
+    implementation is what choose returned. training selects the batch's own statistics. momentum None is the cumulative
+    average 1 / num_batches_tracked.
     """
     if not training and (running_mean is None or running_var is None):
         return None  # native words the error
     try:
-        return autograd.batch_norm(
+        return implementation(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
     except NotImplementedError:
@@ -92,13 +126,18 @@ def batch_norm(
         RuntimeError: a per-channel tensor that is not of size C; running statistics missing when not training.
         NotImplementedError: input is not of a floating type.
     """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    if input.dim() in (2, 3) and momentum is not None and not native_only(input):
-        output = fused_batch_norm(input, running_mean, running_var, weight, bias, None, training, momentum, eps)
+    implementation = choose(input) if input.dim() in (2, 3) and momentum is not None else None
+    if implementation is not None:
+        output = fused_batch_norm(
+            implementation, input, running_mean, running_var, weight, bias, None, training, momentum, eps
+        )
         if output is not None:
             return output
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

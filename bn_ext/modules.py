@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.jit.script reads, see below)
 from torch import Tensor, nn
 
-from .functional import fused_batch_norm, native_only
+from .functional import choose, fused_batch_norm
+
+
+def mark_as_leaf(module: nn.Module) -> None:
+    """Have torch.fx keep module whole, as it keeps torch's own: it goes by an instance's __module__."""
+    vars(module)["__module__"] = nn.BatchNorm1d.__module__
 
 
 class FusedBatchNorm1d(nn.BatchNorm1d):
@@ -22,10 +31,18 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         NotImplementedError: input is not of a floating type.
     """
 
+    if not TYPE_CHECKING:  # torch's own signature
+
+        @functools.wraps(nn.BatchNorm1d.__init__)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            mark_as_leaf(self)
+
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        if native_only(input):
+        implementation = choose(input)
+        if implementation is None:
             return super().forward(input)
+        self._check_input_dim(input)
         # nn.Module.__getattr__ costs a third of a microsecond a name; parametrized names are not in these dicts.
         parameters, buffers = self._parameters, self._buffers
         try:
@@ -44,8 +61,11 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
             training = mean is None and var is None
             if momentum is None:
                 momentum = 0.0
-        output = fused_batch_norm(input, mean, var, weight, bias, batches, training, momentum, self.eps)
+        output = fused_batch_norm(implementation, input, mean, var, weight, bias, batches, training, momentum, self.eps)
         return self._native(input, batches) if output is None else output
+
+    # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.
+    forward.__wrapped__ = nn.BatchNorm1d.forward  # type: ignore[attr-defined]
 
     def _native(self, input: Tensor, batches: Tensor | None) -> Tensor:
         """Run torch's own forward where no kernel ran; it counts the batch even when it then raises."""

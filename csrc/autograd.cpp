@@ -1,5 +1,5 @@
-// The eager entry: one operator, one autograd node in C++. A Python autograd.Function costs about 25 us more a training
-// step, several times a small batch norm; bn_ext/autograd.py keeps one for torch.compile and torch.func alone.
+// The entry of all but torch.func: one operator, one autograd node in C++. A Python autograd.Function costs about 25 us
+// more a training step, several times a small batch norm; bn_ext/autograd.py keeps one for torch.func alone.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -91,6 +91,7 @@ variable_list as_inputs(const Gradients& g, std::array<bool, 3> mask, size_t inp
 }
 
 struct Training : torch::autograd::Function<Training> {
+  static constexpr bool is_traceable = true;  // its backward is operators alone: compiled autograd may see into it
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
@@ -121,6 +122,7 @@ struct Training : torch::autograd::Function<Training> {
 };
 
 struct Inference : torch::autograd::Function<Inference> {
+  static constexpr bool is_traceable = true;  // its backward is operators alone: compiled autograd may see into it
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -188,6 +190,10 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
 TORCH_LIBRARY_IMPL(bn_ext, CompositeExplicitAutograd, m) { m.impl("batch_norm", batch_norm); }
 TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm", batch_norm_autograd); }
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm_composite_backward", composite_backward);
+}
+// vmap over a gradient (jacrev, hessian) goes by the rules of the operations that it is made of.
+TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) {
   m.impl("batch_norm_composite_backward", composite_backward);
 }
 

@@ -1,0 +1,228 @@
+"""Several processes: DistributedDataParallel, FSDP2, SyncBatchNorm and DTensor, next to nn.BatchNorm1d in one group.
+
+Two processes with the gloo backend run all scenarios of a device once, and each test looks at one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import bn_ext
+from support import OpLog, module_for, normal
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+F64 = torch.float64
+WORLD = 2
+KINDS: tuple[type[nn.BatchNorm1d], ...] = (bn_ext.FusedBatchNorm1d, nn.BatchNorm1d)
+
+
+def network(cls: type[nn.BatchNorm1d], device: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5), module_for(cls, 5), nn.ReLU(), module_for(cls, 5, affine=False), nn.Linear(5, 3)]
+    return nn.Sequential(*layers).to(device, F64)
+
+
+def batch(device: str, seed: int) -> Tensor:
+    """Another batch on every rank."""
+    return normal((8, 6), F64, device, seed=WORLD * seed + dist.get_rank())
+
+
+def train(model: nn.Module, device: str) -> dict[str, Tensor]:
+    """Three steps of SGD; everything that the model then holds, and the loss."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss = model(batch(device, seed)).square().mean()
+        loss.backward()
+        optimizer.step()
+    state = {k: getattr(v, "full_tensor", v.clone)() for k, v in model.state_dict().items()}
+    return {"loss": loss.detach()} | state
+
+
+def both(prepare: Callable[[nn.Sequential], nn.Module], device: str) -> list[dict[str, Tensor]]:
+    return [train(prepare(network(cls, device)), device) for cls in KINDS]
+
+
+def data_parallel(device: str) -> Any:
+    """Buffers of rank 0 are sent to all before every forward: the operators write where they are."""
+    return both(nn.parallel.DistributedDataParallel, device)
+
+
+def data_parallel_own_buffers(device: str) -> Any:
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False, static_graph=True)
+    return both(wrap, device)
+
+
+def data_parallel_compiled(device: str) -> Any:
+    def wrap(model: nn.Sequential) -> nn.Module:
+        return torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
+
+    found = [train(wrap(network(KINDS[0], device)), device), train(network_parallel(device), device)]
+    return [{k.removeprefix("_orig_mod."): v for k, v in one.items()} for one in found]
+
+
+def network_parallel(device: str) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(network(KINDS[0], device))
+
+
+def fully_sharded(device: str) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+
+    def wrap(model: nn.Sequential) -> nn.Module:
+        for layer in (model[1], model[4]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    with OpLog() as log:
+        found = both(wrap, device)
+    return found, log.names
+
+
+def fully_sharded_mixed(device: str) -> Any:
+    """bfloat16 parameters and inputs beside float32 statistics, which native refuses on a CPU: next to its float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = []
+    for cls, policy in zip(KINDS, (mixed, MixedPrecisionPolicy()), strict=True):
+        model = fully_shard(network(cls, device).float(), mesh=mesh, mp_policy=policy)
+        out = model(batch(device, 0).float())
+        out.float().square().mean().backward()
+        results = {"output": out.detach().float()} | {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+        found.append(results | {"statistics": model[1].running_var})
+    return found
+
+
+def synchronised(device: str) -> Any:
+    """SyncBatchNorm replaces ours as it replaces torch's own; in evaluation it runs on every device."""
+    found = []
+    for cls in KINDS:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(network(cls, device))
+        assert [type(layer) for layer in model[1:4:2]] == [nn.SyncBatchNorm] * 2
+        found.append({"output": model.eval()(batch(device, 0)).detach()})
+    return found
+
+
+def distributed_tensors(device: str) -> Any:
+    """A DTensor input has no kernel of ours: torch's own batch norm replicates it, eager and compiled."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+    x = normal((8, 5), F64, device)
+    try:
+        distribute_module(nn.BatchNorm1d(5, dtype=F64), mesh)(distribute_tensor(x, mesh, [Shard(0)]))
+    except NotImplementedError as refusal:
+        return refusal.args[0]
+    found = []
+    for cls in KINDS:
+        for compiled in (False, True):
+            module = distribute_module(module_for(cls, 5, device, dtype=F64), mesh)
+            run = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+            out = run(distribute_tensor(x, mesh, [Shard(0)]))
+            out.square().sum().backward()
+            tensors = {"output": out, "weight": module.weight.grad, "running_var": module.running_var}
+            found.append({k: v.full_tensor().detach() for k, v in tensors.items()})
+    return found
+
+
+# Two processes share the one device there may be, through gloo, which scatters and gathers in a CPU's memory alone.
+ANYWHERE = (data_parallel, data_parallel_own_buffers, data_parallel_compiled, synchronised)
+ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors)
+
+
+def work(rank: int, folder: str, device: str) -> None:
+    """What one process does: every scenario, each result or error kept in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    results = {}
+    for scenario in ANYWHERE + (ON_CPU if device == "cpu" else ()):
+        try:
+            results[scenario.__name__] = scenario(device)
+        except Exception:
+            results[scenario.__name__] = {"failed": traceback.format_exc()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@functools.cache
+def results_on(device: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (folder, device), nprocs=WORLD)
+        return [torch.load(Path(folder) / f"{rank}.pt", map_location="cpu") for rank in range(WORLD)]
+
+
+def results_of(scenario: Callable[[str], Any], device: str) -> list[Any]:
+    """The scenario's result of each rank."""
+    found = [results[scenario.__name__] for results in results_on(device)]
+    for rank, result in enumerate(found):
+        assert "failed" not in result, f"rank {rank}:\n{result['failed']}"
+    return found
+
+
+@pytest.mark.parametrize("scenario", [data_parallel, data_parallel_own_buffers], ids=lambda f: f.__name__)
+def test_data_parallel_training(device: str, scenario: Callable[[str], Any]) -> None:
+    ranks = results_of(scenario, device)
+    for ours, native in ranks:
+        torch.testing.assert_close(ours, native)
+    (first, _), (second, _) = ranks
+    for name, tensor in first.items():
+        if "running" in name:
+            assert not torch.equal(tensor, second[name]), f"{name}: the last batch of each rank is its own"
+        elif name != "loss":
+            assert torch.equal(tensor, second[name]), f"{name} went apart"
+
+
+def test_data_parallel_compiled(device: str) -> None:
+    """Compiled and eager in the same group: our kernels both times, so the same bits."""
+    for compiled, eager in results_of(data_parallel_compiled, device):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_fully_sharded_training() -> None:
+    for (ours, native), names in results_of(fully_sharded, "cpu"):
+        torch.testing.assert_close(ours, native)
+        assert [name.split(".")[0] for name in names if name.startswith("bn_ext::")] == 3 * (
+            2 * ["bn_ext::batch_norm_forward"] + 2 * ["bn_ext::batch_norm_backward"]
+        )
+
+
+def test_fully_sharded_training_in_bfloat16() -> None:
+    for ours, native in results_of(fully_sharded_mixed, "cpu"):
+        assert list(ours) == list(native)
+        for name, theirs in native.items():
+            assert ours[name].dtype == torch.float32
+            # Weights, activations and gradients of five layers are each rounded to 8 bits, at the size of the largest.
+            bound = 16 * torch.finfo(torch.bfloat16).eps * float(theirs.abs().max())
+            if name == "0.bias":  # zero but for rounding: batch norm takes off any bias before it
+                bound = 16 * torch.finfo(torch.bfloat16).eps * float(native["0.weight"].abs().max())
+            torch.testing.assert_close(ours[name], theirs, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sync_batch_norm_takes_over(device: str) -> None:
+    for ours, native in results_of(synchronised, device):
+        torch.testing.assert_close(ours, native)
+
+
+def test_distributed_tensors_go_to_native() -> None:
+    for found in results_of(distributed_tensors, "cpu"):
+        if isinstance(found, str):
+            pytest.skip(f"nn.BatchNorm1d takes no DTensor in this torch: {found}")
+        for other in found[:-1]:
+            torch.testing.assert_close(other, found[-1])
