@@ -1,9 +1,9 @@
-"""Time bn_ext against nn.BatchNorm1d, torch.compile(nn.BatchNorm1d) and a plain copy of the same size.
+"""Time bn_ext against nn.BatchNorm1d, torch.compile of it, oneDNN and a plain copy of the same size.
 
     python bench/bench_batchnorm.py --quick
     python bench/bench_batchnorm.py --json results.jsonl --plot results.png
     python bench/bench_batchnorm.py --filter "65536x*" --filter float32 --modes eval
-    python bench/bench_batchnorm.py --device cuda --replay --seconds 120 --no-compile
+    python bench/bench_batchnorm.py --device cuda --replay --seconds 120 --no-rivals
 
 bench/README.md says how to read what comes out.
 """
@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import report
 from contenders import Bench, Disagreement, check_agreement
 from environment import MEMORY, facts, set_memory
-from grid import CONTENDERS, CUDA, FULL, MODES, QUICK, Point, least_bytes, select
+from grid import CONTENDERS, CUDA, FULL, MODES, QUICK, RIVALS, Point, least_bytes, select
 from timing import Plan, Step, Times, cpu_clock, race
 from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
 
@@ -45,13 +45,14 @@ LATE_ROUNDS = 3
 
 
 class Runner:
-    """Measures the points of one run; remembers whether torch.compile works here."""
+    """Measures the points of one run; remembers which rivals work here."""
 
     def __init__(self, args: argparse.Namespace, log: Console) -> None:
         self.device: torch.device = args.device
         self.points: list[Point] = args.points
         self.modes, self.log = args.modes, log
-        self.contenders = [name for name in CONTENDERS if name != "compile" or not (args.quick or args.no_compile)]
+        alone = args.quick or args.no_rivals
+        self.contenders = [name for name in CONTENDERS if name not in RIVALS or not alone]
         self.replay: bool = args.replay
         self.cuda = self.device.type == "cuda"
         self.plan = QUICK_PLAN if args.quick else SHARED_PLAN if args.seconds else FULL_PLAN
@@ -130,16 +131,16 @@ class Runner:
         started = time.perf_counter()
         bench = Bench(point, mode, self.device, sets)
         with bench.grad_mode():
-            steps = {name: self.ready(bench.step(name), sets) for name in self.contenders if name != "compile"}
-            if "compile" in self.contenders:
+            steps = {name: self.ready(bench.step(name), sets) for name in self.contenders if name not in RIVALS}
+            for name in (name for name in RIVALS if name in self.contenders and bench.has(name)):
                 try:
-                    steps["compile"] = self.ready(bench.step("compile"), sets)
-                    steps["compile"]()
-                except Exception as error:  # whatever the compiler stack raises, the other contenders are still timed
-                    steps.pop("compile", None)
-                    self.contenders.remove("compile")
+                    steps[name] = self.ready(bench.step(name), sets)
+                    steps[name]()
+                except Exception as error:  # whatever such a stack raises, the other contenders are still timed
+                    steps.pop(name, None)
+                    self.contenders.remove(name)
                     reason = str(error).strip().splitlines() or [type(error).__name__]
-                    self.log.print(f"torch.compile does not work here and is left out: {reason[0]}", markup=False)
+                    self.log.print(f"{RIVALS[name]} does not work here and is left out: {reason[0]}", markup=False)
             # In a hurry the time that the set-up took comes off the time to measure.
             spent = time.perf_counter() - started if self.deadline is not None else 0.0
             repeats = sets if self.replay else 1
@@ -154,10 +155,11 @@ class Runner:
 
 def records(point: Point, mode: str, times: dict[str, Times], shared: dict[str, object]) -> list[report.Record]:
     """The lines of the result file for one point in one mode."""
-    copy_gbps = least_bytes(point, mode, "copy") / times["copy"].median / 1e9 if "copy" in times else None
+    cache = int(str(shared["cache_bytes"]))
+    copy_gbps = least_bytes(point, mode, "copy", cache) / times["copy"].median / 1e9 if "copy" in times else None
     found: list[report.Record] = []
     for contender, seconds in times.items():
-        moved = least_bytes(point, mode, contender)
+        moved = least_bytes(point, mode, contender, cache)
         gbps = moved / seconds.median / 1e9
         speedup = times["nn"].median / seconds.median if "nn" in times and contender != "copy" else None
         found.append(
@@ -192,7 +194,7 @@ def device(name: str) -> torch.device:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time bn_ext against nn.BatchNorm1d, torch.compile and a copy.")
-    parser.add_argument("--quick", action="store_true", help="within a minute: fewer points, short rounds, no compile")
+    parser.add_argument("--quick", action="store_true", help="within a minute: fewer points, short rounds, no rivals")
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a line and measurement")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: bandwidth and speed-ups")
@@ -207,7 +209,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--seconds", type=float, metavar="S", help="about how long to take, shared by the measurements")
     parser.add_argument("--replay", action="store_true", help="CUDA: time replays of a graph of calls, not calls")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it compiles for minutes")
+    parser.add_argument(
+        "--no-rivals", action="store_true", help="without torch.compile (takes minutes) and oneDNN"
+    )
     parser.add_argument(
         "--memory",
         choices=MEMORY,

@@ -26,9 +26,31 @@ def make_module(contender: str, point: Point, device: torch.device) -> nn.Module
     return kind(point.shape[1], device=device, dtype=dtype)
 
 
+def to_onednn(x: Tensor) -> Tensor:
+    """A copy of x in oneDNN's own layout, as the image of one column that its batch norm takes."""
+    image = x.detach().reshape(*x.shape, *[1] * (4 - x.dim())).to_mkldnn()
+    return image.requires_grad_(x.requires_grad)
+
+
+class OneDNN(nn.Module):
+    """A batch norm run by oneDNN, on tensors made by to_onednn."""
+
+    def __init__(self, batch_norm: nn.Module) -> None:
+        super().__init__()
+        self.batch_norm = batch_norm
+        self.weight, self.bias = batch_norm.weight, batch_norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.batch_norm
+        return nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training, norm.momentum, norm.eps
+        )
+
+
 def compiled(module: nn.Module) -> nn.Module:
     """torch.compile for exactly this shape, with nothing left over from the shapes before."""
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # mode backward keeps its graph
     compiled_module: nn.Module = torch.compile(module, dynamic=False)
     return compiled_module
 
@@ -43,12 +65,17 @@ class Bench:
     def __init__(self, point: Point, mode: str, device: torch.device, sets: int = 1) -> None:
         self.point, self.mode, self.device = point, mode, device
         self.inputs = [point.randn(device) for _ in range(sets)]
-        if mode == "forward_backward":
+        if "backward" in mode:
             self.inputs = [x.requires_grad_() for x in self.inputs]
 
     def grad_mode(self) -> contextlib.AbstractContextManager[object]:
         """Eval is timed without autograd, as inference is run; training with it."""
         return torch.no_grad() if self.mode == "eval" else contextlib.nullcontext()
+
+    def has(self, contender: str) -> bool:
+        """Whether a rival can be asked: oneDNN has CPU kernels for contiguous tensors of its own layout."""
+        cpu = self.device.type == "cpu" and self.point.layout == "contiguous"
+        return contender != "onednn" or (cpu and self.point.torch_dtype != torch.float64)
 
     def step(self, contender: str) -> Step:
         """The step of one contender, ready to be timed; anything that it needs is allocated here."""
@@ -56,13 +83,19 @@ class Bench:
             return self._copy_step()
         module = make_module(contender, self.point, self.device).train(self.mode != "eval")
         grads: list[Tensor] = []
-        if self.mode == "forward_backward":
+        inputs = self.inputs
+        if "backward" in self.mode:
             # Laid out as the contender's own output, which is how an elementwise layer behind it returns its gradient.
             with torch.no_grad():
-                grads = [torch.randn_like(module(x)) for x in self.inputs]
+                grads = [torch.randn_like(module(x)) for x in inputs]
         if contender == "compile":
             module = compiled(module)
-        return self._backward_step(module, grads) if grads else self._forward_step(module)
+        if contender == "onednn":
+            module = OneDNN(module)
+            inputs, grads = [to_onednn(x) for x in inputs], [to_onednn(g) for g in grads]
+        if self.mode == "backward":
+            return self._backward_step(module, inputs, grads)
+        return self._forward_backward_step(module, inputs, grads) if grads else self._forward_step(module, inputs)
 
     def _copy_step(self) -> Step:
         sources = [x.detach() for x in self.inputs]
@@ -75,16 +108,27 @@ class Bench:
 
         return copy
 
-    def _forward_step(self, module: nn.Module) -> Step:
-        inputs = itertools.cycle(self.inputs)
+    def _forward_step(self, module: nn.Module, inputs: list[Tensor]) -> Step:
+        each = itertools.cycle(inputs)
 
         def forward() -> None:
-            module(next(inputs))
+            module(next(each))
 
         return forward
 
-    def _backward_step(self, module: nn.Module, grads: list[Tensor]) -> Step:
-        pairs: Iterator[tuple[Tensor, Tensor]] = itertools.cycle(zip(self.inputs, grads, strict=True))
+    def _backward_step(self, module: nn.Module, inputs: list[Tensor], grads: list[Tensor]) -> Step:
+        wanted = [module.weight, module.bias]
+        outputs = [(module(x), [x, *wanted], g) for x, g in zip(inputs, grads, strict=True)]
+        each = itertools.cycle(outputs)
+
+        def backward() -> None:
+            output, leaves, grad = next(each)
+            torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+        return backward
+
+    def _forward_backward_step(self, module: nn.Module, inputs: list[Tensor], grads: list[Tensor]) -> Step:
+        pairs: Iterator[tuple[Tensor, Tensor]] = itertools.cycle(zip(inputs, grads, strict=True))
         weight, bias = module.weight, module.bias
 
         def forward_backward() -> None:

@@ -62,6 +62,17 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def cache_bytes(device: torch.device) -> int:
+    """The size of the cache that all of the device shares: a GPU's L2, a processor's last level; 0 where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
 MEMORY = ("default", "fresh", "recycled")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
@@ -101,6 +112,8 @@ def facts(device: torch.device, memory: str = "default") -> dict[str, object]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "huge_pages": huge_pages(),
         "memory": memory,
+        "cache_bytes": cache_bytes(device),
+        "allocator": os.path.basename(os.environ.get("LD_PRELOAD", "")),
         "load_average": load_average(),
         "python": platform.python_version(),
         "commit": commit(),

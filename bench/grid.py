@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MODES = ("forward", "forward_backward", "eval")
-CONTENDERS = ("bn_ext", "nn", "compile", "copy")
+MODES = ("forward", "backward", "forward_backward", "eval")
+# What is timed besides native where it works, and what messages call it.
+RIVALS = {"compile": "torch.compile", "onednn": "oneDNN"}
+CONTENDERS = ("bn_ext", "nn", "compile", "onednn", "copy")
 
-# Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays on chip between the
+# Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays in cache between the
 # statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and
-# writes once. Parameters and statistics are too small to count.
-TENSORS_MOVED = {"forward": 2, "forward_backward": 2 + 3, "eval": 2}
+# writes once. What does not stay is read twice. Parameters and statistics are too small to count.
+TENSORS_MOVED = {"forward": 2, "backward": 3, "forward_backward": 2 + 3, "eval": 2}
+TENSORS_READ_TWICE = {"forward": 1, "backward": 2, "forward_backward": 1 + 2, "eval": 0}
 COPY_TENSORS_MOVED = 2
 
 
@@ -56,9 +59,17 @@ class Point:
         return self.randn(torch.device("meta"))
 
 
-def least_bytes(point: Point, mode: str, contender: str) -> int:
-    """The bytes that ``contender`` must move at ``point`` in ``mode``; the copy reads and writes once in every mode."""
-    return point.bytes * (COPY_TENSORS_MOVED if contender == "copy" else TENSORS_MOVED[mode])
+def least_bytes(point: Point, mode: str, contender: str, cache: int) -> int:
+    """The bytes that ``contender`` must move at ``point`` in ``mode``; the copy reads and writes once in every mode.
+
+    ``cache`` is the size of the last-level cache. What has to be seen whole before it can be normalised, a channel if
+    the channels are planes and else the tensor, stays there or is read twice.
+    """
+    if contender == "copy":
+        return point.bytes * COPY_TENSORS_MOVED
+    planes = len(point.shape) == 3 and point.layout == "contiguous"
+    stays = (point.bytes // point.shape[1] if planes else point.bytes) <= cache
+    return point.bytes * (TENSORS_MOVED[mode] + (0 if stays else TENSORS_READ_TWICE[mode]))
 
 
 FLOAT32 = tuple(

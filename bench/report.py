@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from grid import MODES, Point
+from grid import MODES, RIVALS, Point
 
 Record = dict[str, Any]
 NOT_CONTIGUOUS = {"nlc": " (N,L,C)"}
@@ -80,10 +80,11 @@ def table(found: list[Row], mode: str) -> Table:
     """One mode's table: median microseconds of all contenders, and what they mean."""
     out = Table(title=f"{mode.replace('_', ' + ')}, microseconds (median)", title_justify="left")
     out.add_column("shape, dtype")
-    compiled = any("compile" in row.by_contender for row in found)
+    rivals = [name for name in RIVALS if any(name in row.by_contender for row in found)]
     counted = any(record.get("launches") for row in found for record in row.by_contender.values())
     headings = ["bn_ext", "p20-p80", "nn", "copy", "vs nn", "GB/s", "of limit"]
-    for heading in headings + ["compile", "vs compile"] * compiled + ["launches"] * counted:
+    headings += [heading for name in rivals for heading in (name, f"vs {name}")] + ["launches"] * counted
+    for heading in headings:
         out.add_column(heading, justify="right", no_wrap=True)
     colours = {"faster": "green", "slower": "red"}
     for row in (row for row in found if row.mode == mode):
@@ -100,8 +101,8 @@ def table(found: list[Row], mode: str) -> Table:
             _number(ours["gbps"]) if ours else "-",
             f"{ours['limit_fraction']:.0%}" if ours and ours["limit_fraction"] is not None else "-",
         ]
-        if compiled:
-            cells += [_number(medians.get("compile")), _times(ratio(row, "compile", "bn_ext"))]
+        for name in rivals:
+            cells += [_number(medians.get(name)), _times(ratio(row, name, "bn_ext"))]
         if counted:
             both = (row.by_contender.get(name, {}).get("launches") for name in ("bn_ext", "nn"))
             cells.append(" : ".join("-" if count is None else str(count) for count in both))
@@ -163,7 +164,7 @@ def show(records: list[Record], console: Console) -> None:
     console.print(
         f"{where}, commit {first['commit']}",
         timed
-        + "GB/s counts the least bytes of the mode; the limit is dst.copy_(src) of the same tensor in the same run.",
+        + "GB/s counts the least bytes; the limit is dst.copy_(src) of the same tensor in the same run.",
         sep="\n",
     )
     lines = means(found)

@@ -226,13 +226,13 @@ all_steps() {
   seconds=$(left)
   if [[ $DEVICE == cpu ]]; then
     skip bench-replay "no GPU"
-    step bench-calls $((seconds / 2)) bench bench-calls $((seconds / 4)) --no-compile
+    step bench-calls $((seconds / 2)) bench bench-calls $((seconds / 4)) --no-rivals
     skip bench-compile "no GPU"
     skip traffic "no GPU"
     return
   fi
-  step bench-replay $((seconds * 45 / 100)) bench bench-replay $((seconds * 34 / 100)) --no-compile --replay
-  step bench-calls $((seconds * 45 / 100)) bench bench-calls $((seconds * 30 / 100)) --no-compile
+  step bench-replay $((seconds * 45 / 100)) bench bench-replay $((seconds * 34 / 100)) --no-rivals --replay
+  step bench-calls $((seconds * 45 / 100)) bench bench-calls $((seconds * 30 / 100)) --no-rivals
   if has ncu; then step traffic 60 traffic; else skip traffic "ncu is not on PATH"; fi
   step bench-compile "$(left)" bench bench-compile "$(($(left) * 6 / 10))" --modes forward_backward,eval \
     --filter 1024x1024,65536x256,64x128x1024,16x512x1024 --filter float32 --filter contiguous

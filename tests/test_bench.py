@@ -52,10 +52,20 @@ def record(contender: str, low: float, median: float, high: float, **others: Any
 def test_least_bytes_model() -> None:
     point = Point((32, 64))
     assert point.bytes == 32 * 64 * 4
-    expected = {"forward": 2 * 8192, "forward_backward": 5 * 8192, "eval": 2 * 8192}
+    once = {"forward": 2 * 8192, "backward": 3 * 8192, "forward_backward": 5 * 8192, "eval": 2 * 8192}
+    twice = {"forward": 3 * 8192, "backward": 5 * 8192, "forward_backward": 8 * 8192, "eval": 2 * 8192}
+
+    def moved(point: Point, contender: str, cache: int) -> dict[str, int]:
+        return {mode: grid.least_bytes(point, mode, contender, cache) for mode in grid.MODES}
+
     for contender in ("bn_ext", "nn", "compile"):
-        assert {mode: grid.least_bytes(point, mode, contender) for mode in grid.MODES} == expected
-    assert all(grid.least_bytes(point, mode, "copy") == 2 * 8192 for mode in grid.MODES)
+        assert moved(point, contender, 8192) == once
+        assert moved(point, contender, 8191) == twice
+    assert moved(point, "copy", 0) == dict.fromkeys(grid.MODES, 2 * 8192)
+    planes = Point((4, 8, 64))
+    assert moved(planes, "nn", 1024) == once, "a channel of 1 KB stays in the cache, though the tensor does not"
+    assert moved(planes, "nn", 1023) == twice
+    assert moved(Point((4, 8, 64), layout="nlc"), "nn", 1024) == twice
     assert Point((32, 64), "bfloat16").bytes == Point((32, 64)).bytes // 2
 
 
@@ -103,7 +113,7 @@ def test_result_file_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert line.keys() >= KEYS
         assert 0 < line["p20_us"] <= line["median_us"] <= line["p80_us"]
         point = Point(tuple(line["shape"]), line["dtype"], line["layout"])
-        assert line["bytes"] == grid.least_bytes(point, line["mode"], line["contender"])
+        assert line["bytes"] == grid.least_bytes(point, line["mode"], line["contender"], line["cache_bytes"])
         assert line["gbps"] == pytest.approx(line["bytes"] / (line["median_us"] * 1e-6) / 1e9)
     for row in report.rows(found):
         assert row.by_contender.keys() == {"bn_ext", "nn", "copy"}
