@@ -209,9 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--seconds", type=float, metavar="S", help="about how long to take, shared by the measurements")
     parser.add_argument("--replay", action="store_true", help="CUDA: time replays of a graph of calls, not calls")
-    parser.add_argument(
-        "--no-rivals", action="store_true", help="without torch.compile (takes minutes) and oneDNN"
-    )
+    parser.add_argument("--no-rivals", action="store_true", help="without torch.compile (takes minutes) and oneDNN")
     parser.add_argument(
         "--memory",
         choices=MEMORY,

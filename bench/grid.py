@@ -18,9 +18,8 @@ CONTENDERS = ("bn_ext", "nn", "compile", "onednn", "copy")
 # Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays in cache between the
 # statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and
 # writes once. What does not stay is read twice. Parameters and statistics are too small to count.
-TENSORS_MOVED = {"forward": 2, "backward": 3, "forward_backward": 2 + 3, "eval": 2}
-TENSORS_READ_TWICE = {"forward": 1, "backward": 2, "forward_backward": 1 + 2, "eval": 0}
-COPY_TENSORS_MOVED = 2
+PASSES = {"forward": ("forward",), "backward": ("backward",), "forward_backward": ("forward", "backward")}
+TENSORS_READ = {"forward": 1, "backward": 2}
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,15 @@ def least_bytes(point: Point, mode: str, contender: str, cache: int) -> int:
     ``cache`` is the size of the last-level cache. What has to be seen whole before it can be normalised, a channel if
     the channels are planes and else the tensor, stays there or is read twice.
     """
-    if contender == "copy":
-        return point.bytes * COPY_TENSORS_MOVED
+    if contender == "copy" or mode == "eval":
+        return point.bytes * 2
     planes = len(point.shape) == 3 and point.layout == "contiguous"
-    stays = (point.bytes // point.shape[1] if planes else point.bytes) <= cache
-    return point.bytes * (TENSORS_MOVED[mode] + (0 if stays else TENSORS_READ_TWICE[mode]))
+    whole = point.bytes // point.shape[1] if planes else point.bytes
+    moved = 0
+    for one in PASSES[mode]:
+        read = TENSORS_READ[one]
+        moved += read + 1 if read * whole <= cache else 2 * read + 1
+    return point.bytes * moved
 
 
 FLOAT32 = tuple(

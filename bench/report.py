@@ -163,8 +163,7 @@ def show(records: list[Record], console: Console) -> None:
         timed = ""
     console.print(
         f"{where}, commit {first['commit']}",
-        timed
-        + "GB/s counts the least bytes; the limit is dst.copy_(src) of the same tensor in the same run.",
+        timed + "GB/s counts the least bytes; the limit is dst.copy_(src) of the same tensor in the same run.",
         sep="\n",
     )
     lines = means(found)

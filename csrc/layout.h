@@ -74,9 +74,10 @@ struct Geometry {
 
 inline Strides strides_of(const TensorRef& t) { return Strides{t.stride_n, t.stride_c, t.stride_l}; }
 
-// When rows are joined: until a row has `columns` of them and is a multiple of `multiple`, within `limit`.
+// When rows are joined: until a row has `columns` of them and is a multiple of `multiple`, within `limit`; further, up
+// to the limit, while more than `rows` are left.
 struct Fold {
-  int64_t columns = 64, multiple = 16, limit = kBlockColumns;
+  int64_t columns = 64, multiple = 16, limit = kBlockColumns, rows = 512;
 };
 
 // operands[0] is the lead. Sizes are at least 1.
@@ -109,10 +110,11 @@ inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int
     g.columns = true;
     g.rows = g.outer * g.inner;
     if (g.outer == 1) {
-      while ((g.fold * g.channels < fold.columns || g.fold * g.channels % fold.multiple != 0) &&
-             g.fold * 2 * g.channels <= fold.limit) {
-        g.fold *= 2;
-      }
+      const auto narrow = [&] {
+        const int64_t cols = g.fold * g.channels;
+        return cols < fold.columns || cols % fold.multiple != 0 || g.rows / g.fold > fold.rows;
+      };
+      while (narrow() && g.fold * 2 * g.channels <= fold.limit) g.fold *= 2;
       g.tail_cols = g.rows % g.fold * g.channels;
       g.rows /= g.fold;
     }

@@ -60,7 +60,7 @@ Plan lay_out(const Request& r, bool vectorised) {
   const int full = 16 / element_bytes(r.dtype);
   const int v = vectorised ? full : 1;
   // Joining rows is for whole vectors only: the threads of a block lie side by side over several rows anyway.
-  const Fold fold = {1, v, static_cast<int64_t>(kThreads) * v};
+  const Fold fold = {1, v, static_cast<int64_t>(kThreads) * v, r.shape.count()};
   TensorRef lead_first[kMaxPlanOperands];
   const int operands = r.inputs + r.output;
   const int lead = r.output ? r.inputs : r.inputs - 1;  // without an output, x leads

@@ -265,7 +265,7 @@ def test_gradients_where_eps_hides_the_variance(
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((140_000, 64), torch.float32), ((2_900_000, 3), torch.float32), ((70, 128, 1030), torch.float32),
+    [((140_000, 64), torch.float32), ((2_900_000, 3), torch.float32), ((33_000, 257), torch.float32), ((70, 128, 1030), torch.float32),
      ((70_000, 257), torch.bfloat16)],
     ids=str,
 )  # fmt: skip

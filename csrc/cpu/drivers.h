@@ -1,22 +1,28 @@
 // The stages put together: statistics -> per-channel coefficients -> element-wise pass. Included inside the level's
 // namespace, last. Every path gives the same bits: which one runs depends on the number of threads, the results do not.
 
-constexpr int64_t kCacheBytes =
-    512 * 1024;                           // a channel's data up to this size stays in a core's cache between two sweeps
+// Data of a core that stays in its share of the caches between two sweeps, and of a tensor that does so as a whole.
+constexpr int64_t kCacheBytes = int64_t(2) << 20, kCachedTensor = int64_t(8) << 20;
 constexpr int64_t kChannelElements = 64;  // a channel's share of per-channel work, in elements of element-wise work
 
-// One task per channel does all its stages while the channel is in cache: one sweep of memory instead of two or three.
-inline bool channel_at_a_time(const Geometry& g, int64_t bytes_per_channel, const Parallel& par) {
-  if (g.columns || bytes_per_channel > kCacheBytes) return false;
-  return par.threads == 1 || g.channels >= 4 * par.threads || g.outer * g.inner * g.channels <= kParallelElements;
+// How many channels are taken through all stages together: those that stay in cache meanwhile, so that memory is swept
+// once instead of two or three times. All of them where that cannot be, or where all stay.
+inline int64_t channels_together(const Geometry& g, int64_t bytes_per_channel, const Parallel& par) {
+  if (g.columns || bytes_per_channel > kCacheBytes || bytes_per_channel * g.channels <= kCachedTensor)
+    return g.channels;
+  const int64_t fit = kCacheBytes / bytes_per_channel, fair = g.channels / (4 * par.threads);
+  return par.threads == 1 ? fit : fair == 0 ? g.channels : std::min(fit, fair);
 }
 
-// Runs stage(c0, c1, parallel) for each channel in turn over the threads, or once for all of them.
+// Runs stage(c0, c1, parallel) for so many channels at a time over the threads, or once for all of them.
 template <class Stage>
-inline void for_channels(const Geometry& g, bool one_by_one, const Parallel& par, const Stage& stage) {
-  if (!one_by_one) return stage(0, g.channels, par);
-  parallel_for(par, g.channels, g.outer * g.inner, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) stage(c, c + 1, Parallel());
+inline void for_channels(const Geometry& g, int64_t together, const Parallel& par, const Stage& stage) {
+  if (together >= g.channels) return stage(0, g.channels, par);
+  const int64_t blocks = (g.channels + together - 1) / together;
+  parallel_for(par, blocks, together * g.outer * g.inner, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      stage(b * together, std::min((b + 1) * together, g.channels), Parallel());
+    }
   });
 }
 
@@ -73,8 +79,8 @@ inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
   double momentum = a.momentum;
   if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
 
-  const bool one_by_one = channel_at_a_time(g, a.shape.count() * int64_t(sizeof(T)), par);
-  for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
+  const int64_t together = channels_together(g, a.shape.count() * int64_t(sizeof(T)), par);
+  for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
     if (g.columns) {
       statistics_columns(g, x, partials, p);
     } else {
@@ -200,8 +206,8 @@ inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
 
   const Reader<T> dy(g, 1, a.dy.data), x(g, 2, a.x.data);
   T* dx = a.saved ? static_cast<T*>(a.dx.data) : nullptr;
-  const bool one_by_one = channel_at_a_time(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
-  for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
+  const int64_t together = channels_together(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
+  for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
     if (g.columns) {
       reduce_columns(g, dy, x, state.centres, sums, p);
     } else {

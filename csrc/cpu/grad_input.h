@@ -9,20 +9,17 @@ inline VecC<T> grad_input(VecC<T> dy, VecC<T> centred, const VecC<T>* c) {
   return (((dy - c[1]) + c[4]) - centred * c[3]) * c[2];
 }
 
-// kStream: dx is streamed, and where rows are wider than a task (ahead != 0, see elements_ahead) the inputs are fetched
-// early.
 template <class T, bool kStream>
-inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
+inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, const Scalar<T>* const* c, int64_t c0) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer_dy[kN], buffer_x[kN];
-    if (kStream && ahead != 0) prefetch(dy + v + ahead), prefetch(x + v + ahead);
     VecC<T> vdy[kVectors], vx[kVectors];
     load_pack(tail ? padded<kN>(dy + v, n - v, T(), buffer_dy) : dy + v, vdy);
     load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer_x) : x + v, vx);
     for (int u = 0; u < kVectors; ++u) {
       VecC<T> k[5];
-      for (int i = 0; i < 5; ++i) k[i] = load_raw<VecC<T>>(c[i] + v + u * Compute<T>::lanes);
+      for (int i = 0; i < 5; ++i) k[i] = load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
       vdy[u] = grad_input<T>(vdy[u], vx[u] - k[0], k);
     }
     if (kStream && !tail) return stream_pack(dx + v, vdy);
@@ -48,20 +45,18 @@ inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const Grad
   });
 }
 
-template <class T, bool kStream>
+template <class T>
 inline void grad_input_task(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx, const ColumnTask& t,
-                            const Scalar<T>* const* c) {
+                            const Scalar<T>* const* c, bool stream) {
   T buffer_dy[kBlockColumns], buffer_x[kBlockColumns];
-  const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
-  for (int64_t r = t.r0; r < t.r1; ++r) {
-    const T *in_dy = dy.row(r, t.v0, t.n, buffer_dy), *in_x = x.row(r, t.v0, t.n, buffer_x);
-    T* out = lead_row(g, dx, r, t.v0);
-    if (kStream && streamable(out)) {
-      grad_input_row<T, true>(in_dy, in_x, out, t.n, ahead, c);
-    } else {
-      grad_input_row<T, false>(in_dy, in_x, out, t.n, ahead, c);
-    }
-  }
+  for_row_pairs<1>(dy, x, t.r0, t.r1, t.v0, t.n, buffer_dy, buffer_x,
+                   [&](auto, int64_t r, const T* const* in_dy, const T* const* in_x) {
+                     T* out = lead_row(g, dx, r, t.v0);
+                     for_streamed(stream, kPackVectors<T> > 1, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
+                       constexpr bool kStream = decltype(streamed)::value;
+                       grad_input_row<T, kStream>(in_dy[0] + v, in_x[0] + v, out + v, n, c, v);
+                     });
+                   });
 }
 
 template <class T>
@@ -74,7 +69,7 @@ inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Rea
     for_tasks(Order::kReverse, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
-      stream ? grad_input_task<T, true>(g, dy, x, dx, t, c) : grad_input_task<T, false>(g, dy, x, dx, t, c);
+      grad_input_task(g, dy, x, dx, t, c, stream);
     });
     stream_fence();
   });
@@ -88,10 +83,8 @@ inline void grad_input_planes(const Geometry& g, const Reader<T>& dy, const Read
     T buffer_dy[kGather], buffer_x[kGather];
     const T *in_dy = dy.run(o, c, i0, n, buffer_dy), *in_x = x.run(o, c, i0, n, buffer_x);
     T* out = lead_run(g, dx, o, c, i0);
-    if (stream && streamable(out)) {
-      grad_input_run<T, true>(in_dy, in_x, out, n, coefficients, c);
-    } else {
-      grad_input_run<T, false>(in_dy, in_x, out, n, coefficients, c);
-    }
+    for_streamed(stream, false, out, n, [&](auto streamed, int64_t i, int64_t count) {
+      grad_input_run<T, decltype(streamed)::value>(in_dy + i, in_x + i, out + i, count, coefficients, c);
+    });
   });
 }

@@ -19,22 +19,14 @@ inline VecD centre(const T* x, VecD mean, VecD rest) {
   return d;
 }
 
-// body(count, rows_dy, rows_x) over groups of rows of a task; single rows past the caches, see kStreamBytes.
+// body(count, r, rows_dy, rows_x) over groups of rows of a task; single rows past the caches, see kStreamBytes.
 template <class T, class Body>
 inline void for_gradient_rows(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
                               int64_t r0, int64_t r1, T* buffer_dy, T* buffer_x, const Body& body) {
-  int64_t r = r0;
-  const auto pair = [&](auto count, const T* const* rows_x) {
-    constexpr int kRows = decltype(count)::value;
-    const T* rows_dy[kRows];
-    for (int j = 0; j < kRows; ++j) rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
-    body(count, rows_dy, rows_x);
-    r += kRows;
-  };
   if (streams(g, sizeof(T))) {
-    for_row_groups<1>(x, r0, r1, t.v0, t.n, buffer_x, pair);
+    for_row_pairs<1>(dy, x, r0, r1, t.v0, t.n, buffer_dy, buffer_x, body);
   } else {
-    for_row_groups<kGradientRowGroup>(x, r0, r1, t.v0, t.n, buffer_x, pair);
+    for_row_pairs<kGradientRowGroup>(dy, x, r0, r1, t.v0, t.n, buffer_dy, buffer_x, body);
   }
 }
 
@@ -49,8 +41,6 @@ inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int6
     const auto rest = load_raw<VecD>(tail ? padded<kLanesD>(mean[1] + v, left, 0.0, buffer_rest) : mean[1] + v);
     VecD a = load_raw<VecD>(sum + v), b = load_raw<VecD>(dot + v);
     for (int j = 0; j < kRows; ++j) {
-      prefetch_ahead(x[j] + v);
-      prefetch_ahead(dy[j] + v);
       const T* px = tail ? padded<kLanesD>(x[j] + v, left, T(), buffer_x) : x[j] + v;
       const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v);
       a += g;
@@ -103,7 +93,7 @@ inline void gradient_columns_double(const Geometry& g, const Reader<T>& dy, cons
   std::fill(sum, sum + size, 0.0);
   std::fill(dot, dot + size, 0.0);
   for_gradient_rows(g, dy, x, t, t.r0, t.r1, buffer_dy, buffer_x,
-                    [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
+                    [&](auto count, int64_t, const T* const* rows_dy, const T* const* rows_x) {
                       accumulate_gradient_rows<T, decltype(count)::value>(rows_dy, rows_x, t.n, mean, sum, dot);
                     });
   store_gradient_columns(g, t, sum, dot, sums, redo, nullptr, [](int64_t, double, double d) { return d; });
@@ -131,8 +121,6 @@ inline void gradient_planes_double(const Geometry& g, const Reader<T>& dy, const
   for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
     for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
       T tail_x[kLanesD], tail_dy[kLanesD];
-      prefetch_ahead(px + j);
-      prefetch_ahead(pdy + j);
       const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
       const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
       acc.s1[u] += v;

@@ -16,10 +16,9 @@ struct Centres {
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
 template <class T, int kRows>
 inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x, int64_t n, const float* shift,
-                                           int64_t ahead, float* sum, float* dot) {
+                                           float* sum, float* dot) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    if (kRows == 1) prefetch(dy[0] + v + ahead), prefetch(x[0] + v + ahead);
     VecF k[kVectors], s[kVectors] = {}, d[kVectors] = {};
     for (int u = 0; u < kVectors; ++u) k[u] = load_raw<VecF>(shift + v + u * kLanesF);
     const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
@@ -60,12 +59,11 @@ inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const
   centres.shift.template expand_packs<T>(g, t.v0, t.n, shift, k);
   const bool stream = streams(g, sizeof(T));
   const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
-  const int64_t ahead = elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; r += batch) {
     for_gradient_rows(g, dy, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
-                      [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
+                      [&](auto count, int64_t, const T* const* rows_dy, const T* const* rows_x) {
                         constexpr int kRows = decltype(count)::value;
-                        accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], ahead, f1, f2);
+                        accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], f1, f2);
                       });
     flush_columns(size, f1, sum);
     flush_columns(size, f2, dot);
@@ -83,52 +81,47 @@ inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const
 }
 
 template <class T>
-inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, float shift, int64_t ahead,
-                                          FloatRunSums* sums) {
+inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, float shift, FloatRunSums* sums) {
   constexpr int kN = 2 * kLanesF;
-  constexpr int64_t kPiece = kFlush * 4 * kN, kLine = 64 / sizeof(T);
   const VecF k = VecF{} + shift;
-  for (int64_t i0 = 0; i0 < n; i0 += kPiece) {
-    const int64_t m = std::min(kPiece, n - i0), addends = (m + 4 * kN - 1) / (4 * kN) + 4;
-    if (sums->pending + addends > kFlush + 4) sums->flush();
-    sums->pending += addends;
-    VecF a[4], b[4];
-    for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
-    for_run<kN>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-      T tail_x[kN], tail_dy[kN];
-      for (int64_t line = 0; line < kN; line += kLine) {
-        if (u * kN % kLine != 0) continue;
-        prefetch(x + i0 + i + line + ahead);
-        prefetch(dy + i0 + i + line + ahead);
-      }
-      const T* px = tail ? padded<kN>(x + i0 + i, m - i, T(), tail_x) : x + i0 + i;
-      const T* pdy = tail ? padded<kN>(dy + i0 + i, m - i, T(), tail_dy) : dy + i0 + i;
-      VecF vx[2], vdy[2];
-      for (int w = 0; w < 2; w += kPackVectors<T>) {
-        load_pack(px + w * kLanesF, vx + w);
-        load_pack(pdy + w * kLanesF, vdy + w);
-      }
-      a[u] += vdy[0] + vdy[1];
-      b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
-    });
-    for (int u = 0; u < 4; ++u) sums->f1[u] = a[u], sums->f2[u] = b[u];
-  }
+  VecF a[4] = {}, b[4] = {};
+  for_run<kN>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
+    T tail_x[kN], tail_dy[kN];
+    const T* px = tail ? padded<kN>(x + i, n - i, T(), tail_x) : x + i;
+    const T* pdy = tail ? padded<kN>(dy + i, n - i, T(), tail_dy) : dy + i;
+    VecF vx[2], vdy[2];
+    for (int w = 0; w < 2; w += kPackVectors<T>) {
+      load_pack(px + w * kLanesF, vx + w);
+      load_pack(pdy + w * kLanesF, vdy + w);
+    }
+    a[u] += vdy[0] + vdy[1];
+    b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
+  });
+  sums->add(a, b);
 }
 
 template <class T>
-inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
-                                  const Centres<T>& centres, const GradSums& sums) {
-  const float shift = centres.shift.row(0)[c];
-  const int64_t ahead = elements_ahead(g, sizeof(T), g.inner);
-  FloatRunSums acc;
-  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
-    accumulate_gradient_run_float(pdy, px, n, shift, ahead, &acc);
-  });
-  acc.flush();
-  const double sum = acc.totals.total1(), dot = acc.totals.total2();
-  if (!is_finite(sum) || !is_finite(dot)) return gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
-  sums.row(chunk, 0)[c] = sum;
-  sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
+inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c0,
+                                  int64_t c1, const Centres<T>& centres, const GradSums& sums) {
+  T buffer_dy[kGather], buffer_x[kGather];
+  FloatRunSums of_channels[kPlaneGroup];
+  const float* shift = centres.shift.row(0);
+  constexpr int64_t kPiece = run_piece(2 * kLanesF);
+  const int64_t step = dy.direct() && x.direct() ? kPiece : std::min(kGather, kPiece);
+  for_chunk_runs(plane_chunk(g, chunk), c0, c1, step, of_channels,
+                 [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums* of_channel) {
+                   accumulate_gradient_run_float(dy.run(o, c, i, n, buffer_dy), x.run(o, c, i, n, buffer_x), n,
+                                                 shift[c], of_channel);
+                 });
+  for (int64_t c = c0; c < c1; ++c) {
+    const double sum = of_channels[c - c0].total1(), dot = of_channels[c - c0].total2();
+    if (is_finite(sum) && is_finite(dot)) {
+      sums.row(chunk, 0)[c] = sum;
+      sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
+    } else {
+      gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
+    }
+  }
 }
 
 template <class T>
@@ -149,15 +142,11 @@ inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<
 template <class T>
 inline void reduce_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
                           const GradSums& sums, int64_t c0, int64_t c1, const Parallel& par) {
-  const int64_t chunks = g.chunks();
-  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task % chunks, c = c0 + task / chunks;
-      if constexpr (sizeof(T) < sizeof(double)) {
-        gradient_planes_float(g, dy, x, chunk, c, centres, sums);
-      } else {
-        gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
-      }
+  for_plane_groups(g, c0, c1, par, [&](int64_t chunk, int64_t first, int64_t last) {
+    if constexpr (sizeof(T) < sizeof(double)) {
+      gradient_planes_float(g, dy, x, chunk, first, last, centres, sums);
+    } else {
+      for (int64_t c = first; c < last; ++c) gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
     }
   });
 }

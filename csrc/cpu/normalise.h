@@ -49,19 +49,17 @@ template <class T>
 using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
 
 // kCentred = false: every mean_hi of the row is zero and is not even loaded, which is a quarter of the loads. x - 0 is
-// x, so the bits are the same. kStream: y is streamed, and where rows are wider than a task (ahead != 0, see
-// elements_ahead) x is fetched early.
+// x, so the bits are the same.
 template <class T, bool kCentred, bool kStream>
-inline void normalise_row(const T* x, T* y, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
+inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c, int64_t c0) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kN];
-    if (kStream && ahead != 0) prefetch(x + v + ahead);
     VecC<T> value[kVectors];
     load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer) : x + v, value);
     for (int u = 0; u < kVectors; ++u) {
       VecC<T> k[3];
-      for (int i = kCentred ? 0 : 1; i < 3; ++i) k[i] = load_raw<VecC<T>>(c[i] + v + u * Compute<T>::lanes);
+      for (int i = kCentred ? 0 : 1; i < 3; ++i) k[i] = load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
       value[u] = kCentred ? normalise<T>(value[u], k[0], k[1], k[2]) : value[u] * k[1] + k[2];
     }
     if (kStream && !tail) return stream_pack(y + v, value);
@@ -112,23 +110,22 @@ inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body)
   for (int64_t i = 0; i < end - begin; ++i) body(order == Order::kForward ? begin + i : end - 1 - i);
 }
 
-template <class T, bool kStream>
-inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t,
-                           const Scalar<T>* const* c) {
+template <class T>
+inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t, const Scalar<T>* const* c,
+                           bool stream) {
   T buffer[kBlockColumns];
   const bool centred = !all_zero(c[0], packed_size<T>(t.n));
-  const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
-  for (int64_t r = t.r0; r < t.r1; ++r) {
-    const T* in = x.row(r, t.v0, t.n, buffer);
+  for_row_groups<1>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto, int64_t r, const T* const* rows) {
     T* out = lead_row(g, y, r, t.v0);
-    if (kStream && !streamable(out)) {
-      normalise_row<T, true, false>(in, out, t.n, ahead, c);
-    } else if (centred) {
-      normalise_row<T, true, kStream>(in, out, t.n, ahead, c);
-    } else {
-      normalise_row<T, false, kStream>(in, out, t.n, ahead, c);
-    }
-  }
+    for_streamed(stream, kPackVectors<T> > 1, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
+      constexpr bool kStream = decltype(streamed)::value;
+      if (centred) {
+        normalise_row<T, true, kStream>(rows[0] + v, out + v, n, c, v);
+      } else {
+        normalise_row<T, false, kStream>(rows[0] + v, out + v, n, c, v);
+      }
+    });
+  });
 }
 
 template <class T>
@@ -141,7 +138,7 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
-      stream ? normalise_task<T, true>(g, x, y, t, c) : normalise_task<T, false>(g, x, y, t, c);
+      normalise_task(g, x, y, t, c, stream);
     });
     stream_fence();
   });
@@ -179,10 +176,8 @@ inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const 
     T buffer[kGather];
     const T* in = x.run(o, c, i0, n, buffer);
     T* out = lead_run(g, y, o, c, i0);
-    if (stream && streamable(out)) {
-      normalise_run<T, true>(in, out, n, coefficients, c);
-    } else {
-      normalise_run<T, false>(in, out, n, coefficients, c);
-    }
+    for_streamed(stream, false, out, n, [&](auto streamed, int64_t i, int64_t count) {
+      normalise_run<T, decltype(streamed)::value>(in + i, out + i, count, coefficients, c);
+    });
   });
 }

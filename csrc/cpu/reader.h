@@ -1,11 +1,23 @@
 // Contiguous access to rows (columns layout) and runs (planes layout) of an operand with any strides.
 // Included inside the level's namespace.
 
+// Rows reduced side by side share a load and a store of the accumulators. Past the caches that does not pay: many
+// streams at one power-of-two distance defeat the prefetcher (measured 1.3 to 1.7 times slower), so rows go one by one
+// there.
+constexpr int kRowGroup = 8, kGradientRowGroup = 4;
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
+
 template <class T>
 class Reader {
  public:
   Reader(const Geometry& g, int operand, const void* data)
-      : g_(g), k_(operand), base_(static_cast<const T*>(data)), direct_(g.direct(operand)) {}
+      : g_(g),
+        k_(operand),
+        base_(static_cast<const T*>(data)),
+        direct_(g.direct(operand)),
+        apart_(direct_ && g.columns && g.block_cols() < g.cols && g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes) {
+  }
 
   bool direct() const { return direct_; }
 
@@ -26,6 +38,13 @@ class Reader {
     return buffer;
   }
 
+  // Before columns [v0, v0 + n) of row r are read: where they are a piece of a wider row, asks for a later row's.
+  void fetch_ahead(int64_t r, int64_t v0, int64_t n) const {
+    if (!apart_) return;
+    const int64_t bytes = n * int64_t(sizeof(T)), later = r + 1 + kPrefetchBytes / bytes;
+    if (later < g_.rows) prefetch(base_ + g_.row_offset(k_, later) + v0, bytes);
+  }
+
   // Elements [i0, i0 + n) of the run of channel c at outer index o.
   const T* run(int64_t o, int64_t c, int64_t i0, int64_t n, T* buffer) const {
     const Strides& s = g_.strides[k_];
@@ -39,41 +58,41 @@ class Reader {
   const Geometry& g_;
   int k_;
   const T* base_;
-  bool direct_;
+  bool direct_, apart_;
 };
-
-// Rows reduced side by side share a load and a store of the accumulators. Past the caches that does not pay: many
-// streams at one power-of-two distance defeat the prefetcher (measured 1.3 to 1.7 times slower), so rows go one by one
-// there.
-constexpr int kRowGroup = 8, kGradientRowGroup = 4;
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
-constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
 
 inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
 inline bool streams_output(const Geometry& g, int64_t element_size) {
   return g.outer * g.channels * g.inner * element_size >= kStreamedOutput;
 }
 
-// How far from an element lies what is read kPrefetchBytes later: right there in memory, or, where a task takes only n
-// elements of the lead's every row (or outer index, for planes), some of these further.
-inline int64_t elements_ahead(const Geometry& g, int64_t element_size, int64_t n) {
-  const int64_t bytes = n * element_size,
-                step = g.columns ? g.row_offset(0, 1) - g.row_offset(0, 0) : g.strides[0].outer;
-  const bool along = g.columns ? n == g.cols : bytes >= 2 * kPrefetchBytes || g.outer == 1;
-  return along ? kPrefetchBytes / element_size : (kPrefetchBytes / bytes + 1) * step;
+// Calls body(count, r, pointers) for groups of `kRows` rows from r on, then for single rows.
+template <int kRows, class T, class Body>
+inline void for_row_groups(const Reader<T>& x, int64_t r0, int64_t r1, int64_t v0, int64_t n, T* buffer,
+                           const Body& body) {
+  const auto group = [&](auto count, int64_t r) {
+    const T* rows[decltype(count)::value];
+    for (int j = 0; j < count; ++j) {
+      x.fetch_ahead(r + j, v0, n);
+      rows[j] = x.row(r + j, v0, n, buffer + j * kBlockColumns);
+    }
+    body(count, r, rows);
+  };
+  int64_t r = r0;
+  for (; r + kRows <= r1; r += kRows) group(std::integral_constant<int, kRows>(), r);
+  for (; r < r1; ++r) group(std::integral_constant<int, 1>(), r);
 }
 
-// Calls body(rows, pointers) for groups of `kRows` rows, then for single rows.
+// The same rows of two operands: body(count, r, pointers_a, pointers_b).
 template <int kRows, class T, class Body>
-inline void for_row_groups(const Reader<T>& x, int64_t r0, int64_t r1, int64_t v0, int64_t n, T* buffer, Body body) {
-  const T* rows[kRows];
-  int64_t r = r0;
-  for (; r + kRows <= r1; r += kRows) {
-    for (int j = 0; j < kRows; ++j) rows[j] = x.row(r + j, v0, n, buffer + j * kBlockColumns);
-    body(std::integral_constant<int, kRows>(), rows);
-  }
-  for (; r < r1; ++r) {
-    rows[0] = x.row(r, v0, n, buffer);
-    body(std::integral_constant<int, 1>(), rows);
-  }
+inline void for_row_pairs(const Reader<T>& a, const Reader<T>& b, int64_t r0, int64_t r1, int64_t v0, int64_t n,
+                          T* buffer_a, T* buffer_b, const Body& body) {
+  for_row_groups<kRows>(b, r0, r1, v0, n, buffer_b, [&](auto count, int64_t r, const T* const* rows_b) {
+    const T* rows_a[decltype(count)::value];
+    for (int j = 0; j < count; ++j) {
+      a.fetch_ahead(r + j, v0, n);
+      rows_a[j] = a.row(r + j, v0, n, buffer_a + j * kBlockColumns);
+    }
+    body(count, r, rows_a, rows_b);
+  });
 }

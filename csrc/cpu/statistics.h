@@ -58,7 +58,6 @@ inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift
     const VecD k = load_raw<VecD>(shift + v);
     VecD a = load_raw<VecD>(s1 + v), b = load_raw<VecD>(s2 + v);
     for (int j = 0; j < kRows; ++j) {
-      prefetch_ahead(rows[j] + v);
       const T* p = tail ? padded<kLanesD>(rows[j] + v, n - v, T(), buffer) : rows[j] + v;
       const VecD d = load_double(p) - k;
       a += d;
@@ -114,7 +113,7 @@ inline void columns_chunk_double(const Geometry& g, const Reader<T>& x, const Co
     shift[v] = lead == v ? finite_or_zero(first[v]) : shift[lead];
   }
   std::fill(shift + t.n, shift + padded_size(t.n), 0.0);
-  for_row_groups<kRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, const T* const* rows) {
+  for_row_groups<kRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, int64_t, const T* const* rows) {
     accumulate_rows<T, decltype(count)::value>(rows, t.n, shift, s1, s2);
   });
   store_columns(g, t, shift, s1, s2, partials, redo, nullptr);

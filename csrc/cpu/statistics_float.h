@@ -29,20 +29,23 @@ inline void flush_columns(int64_t n, float* sums, double* total) {
   }
 }
 
+// Rows side by side are summed before they are added to f1 and f2.
 template <class T, int kRows>
 inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* shift, float* f1, float* f2) {
-  for_vectors<kLanesF>(n, [&](int64_t v, auto tail) {
+  for_vectors<kLanesF>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kLanesF];
     const VecF k = load_raw<VecF>(shift + v);
-    VecF a = load_raw<VecF>(f1 + v), b = load_raw<VecF>(f2 + v);
-    for (int j = 0; j < kRows; ++j) {
-      prefetch_ahead(rows[j] + v);
-      const VecF d = widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k;
+    const auto difference = [&](int j) __attribute__((always_inline)) {
+      return widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k;
+    };
+    VecF a = difference(0), b = a * a;
+    for (int j = 1; j < kRows; ++j) {
+      const VecF d = difference(j);
       a += d;
       b += d * d;
     }
-    store_raw(f1 + v, a);
-    store_raw(f2 + v, b);
+    store_raw(f1 + v, load_raw<VecF>(f1 + v) + a);
+    store_raw(f2 + v, load_raw<VecF>(f2 + v) + b);
   });
 }
 
@@ -78,10 +81,11 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
   for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
   for (double* s : {s1, s2}) std::fill(s, s + size, 0.0);
   column_shifts(g, x, t, buffer, shift);
-  const bool stream = g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes;
-  for (int64_t r = t.r0; r < t.r1; r += kFlush) {
-    const int64_t end = std::min(r + kFlush, t.r1);
-    const auto body = [&](auto count, const T* const* rows) {
+  const bool stream = streams(g, sizeof(T));
+  const int64_t batch = stream ? kFlush : kFlush * kRowGroup;
+  for (int64_t r = t.r0; r < t.r1; r += batch) {
+    const int64_t end = std::min(r + batch, t.r1);
+    const auto body = [&](auto count, int64_t, const T* const* rows) {
       accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2);
     };
     if (stream) {
@@ -97,77 +101,124 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
   if (any) columns_chunk_double(g, x, t, partials, unsafe);
 }
 
-// Float sums over runs with their double totals; each accumulator takes at most kFlush vectors between two flushes.
+// Sums of a channel over runs: float vectors, and double ones that they are flushed to.
 struct FloatRunSums {
-  VecF f1[4] = {}, f2[4] = {};
-  RunSums totals;
-  int64_t pending = 0;
+  VecF f1 = {}, f2 = {};
+  VecD d1 = {}, d2 = {};
 
   void flush() {
-    for (int u = 0; u < 4; ++u) {
-      add_widened(f1[u], &totals.s1[u], &totals.s1[u]);
-      add_widened(f2[u], &totals.s2[u], &totals.s2[u]);
-      f1[u] = f2[u] = VecF{};
-    }
-    pending = 0;
+    add_widened(f1, &d1, &d1);
+    add_widened(f2, &d2, &d2);
+    f1 = f2 = VecF{};
   }
+  // What four accumulators of one piece of a run hold.
+  void add(const VecF* a, const VecF* b) {
+    f1 += (a[0] + a[1]) + (a[2] + a[3]);
+    f2 += (b[0] + b[1]) + (b[2] + b[3]);
+  }
+  double total1() const { return sum_lanes(d1); }
+  double total2() const { return sum_lanes(d2); }
 };
 
-template <class T>
-inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums* sums) {
-  constexpr int64_t kStep = kFlush * 4 * kLanesF;
-  const VecF k = VecF{} + shift;
-  for (int64_t i0 = 0; i0 < n; i0 += kStep) {
-    const int64_t m = std::min(kStep, n - i0), vectors = (m + 4 * kLanesF - 1) / (4 * kLanesF) + 4;
-    if (sums->pending + vectors > kFlush + 4) sums->flush();
-    sums->pending += vectors;
-    VecF a[4], b[4];
-    for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
-    for_run<kLanesF>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-      VecF value;
-      prefetch_ahead(p + i0 + i);
-      if (tail) {
-        float buffer[kLanesF] = {};
-        for (int64_t j = 0; j < kLanesF; ++j) {
-          buffer[j] = i + j < m ? static_cast<float>(to_double(p[i0 + i + j])) : shift;
-        }
-        value = load_raw<VecF>(buffer);
-      } else {
-        value = widen<kLanesF>(p + i0 + i);
-      }
-      const VecF d = value - k;
-      a[u] += d;
-      b[u] += d * d;
-    });
-    for (int u = 0; u < 4; ++u) sums->f1[u] = a[u], sums->f2[u] = b[u];
+// A piece of a run of four accumulators, each summing kFlush of what one step of the loop takes.
+constexpr int64_t run_piece(int64_t step) { return kFlush * 4 * step; }
+
+// The channels whose runs of one chunk are summed side by side, since they follow each other in memory. Which ones are
+// together does not change a channel's sums.
+constexpr int64_t kPlaneGroup = 32;
+inline int64_t plane_group(const Geometry& g, int64_t channels, const Parallel& par) {
+  if (g.strides[0].channel > g.strides[0].outer) return 1;
+  const int64_t busy = (channels * g.chunks() + 4 * par.threads - 1) / (4 * par.threads);
+  return std::max<int64_t>(1, std::min({kPlaneGroup, g.chunk_outer(), busy}));
+}
+
+// body(chunk, c0, c1) for all chunks of channels [c0, c1), in groups of channels.
+template <class Body>
+inline void for_plane_groups(const Geometry& g, int64_t c0, int64_t c1, const Parallel& par, const Body& body) {
+  const int64_t group = plane_group(g, c1 - c0, par), groups = (c1 - c0 + group - 1) / group;
+  parallel_for(par, g.chunks() * groups, group * g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = c0 + task % groups * group;
+      body(task / groups, first, std::min(first + group, c1));
+    }
+  });
+}
+
+// add(o, c, i, n, sums of c) for the runs of a chunk, in pieces of up to `step`, each one addition to the float sums,
+// which are flushed in time; all of them at the end.
+template <class Add>
+inline void for_chunk_runs(const PlaneChunk& p, int64_t c0, int64_t c1, int64_t step, FloatRunSums* sums,
+                           const Add& add) {
+  const int64_t of_run = (p.n + step - 1) / step;
+  const auto flush = [&] {
+    for (int64_t c = c0; c < c1; ++c) sums[c - c0].flush();
+  };
+  int64_t pending = 0;
+  for (int64_t o = p.o0; o < p.o1; ++o) {
+    if (pending > 0 && pending + of_run > kFlush) flush(), pending = 0;
+    pending += of_run;
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t i = 0; i < p.n; i += step) add(o, c, p.i0 + i, std::min(step, p.n - i), &sums[c - c0]);
+    }
   }
+  flush();
 }
 
 template <class T>
-inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c,
-                               const Partials& partials) {
-  const PlaneChunk p = plane_chunk(g, chunk);
-  T buffer[kGather];
+inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums* sums) {
+  const VecF k = VecF{} + shift;
+  VecF a[4] = {}, b[4] = {};
+  for_run<kLanesF>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
+    VecF value;
+    if (tail) {
+      float buffer[kLanesF] = {};
+      for (int64_t j = 0; j < kLanesF; ++j) buffer[j] = i + j < n ? static_cast<float>(to_double(p[i + j])) : shift;
+      value = load_raw<VecF>(buffer);
+    } else {
+      value = widen<kLanesF>(p + i);
+    }
+    const VecF d = value - k;
+    a[u] += d;
+    b[u] += d * d;
+  });
+  sums->add(a, b);
+}
+
+// Mean of a chunk's first values of a channel, as x0 + mean(x - x0); zero where it is not finite.
+template <class T>
+inline float plane_shift(const Reader<T>& x, const PlaneChunk& p, int64_t c) {
+  T buffer[kShiftRows];
   const int64_t few = std::min(kShiftRows, p.n);
   if (few < 1) __builtin_unreachable();  // a chunk has values
   const T* first = x.run(p.o0, c, p.i0, few, buffer);
   const float base = static_cast<float>(to_double(first[0]));
   float sum = 0;
   for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(first[i])) - base;
-  float shift = base + sum / static_cast<float>(few);
-  if (!is_finite(shift)) shift = 0;
-  FloatRunSums sums;
-  const int64_t step = x.direct() ? p.n : kGather;
-  for (int64_t o = p.o0; o < p.o1; ++o) {
-    for (int64_t i = 0; i < p.n; i += step) {
-      const int64_t n = std::min(step, p.n - i);
-      accumulate_run_float(x.run(o, c, p.i0 + i, n, buffer), n, shift, &sums);
+  const float shift = base + sum / static_cast<float>(few);
+  return is_finite(shift) ? shift : 0;
+}
+
+template <class T>
+inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c0, int64_t c1,
+                               const Partials& partials) {
+  const PlaneChunk p = plane_chunk(g, chunk);
+  T buffer[kGather];
+  float shift[kPlaneGroup];
+  FloatRunSums sums[kPlaneGroup];
+  for (int64_t c = c0; c < c1; ++c) shift[c - c0] = plane_shift(x, p, c);
+  constexpr int64_t kPiece = run_piece(kLanesF);
+  const int64_t step = x.direct() ? kPiece : std::min(kGather, kPiece);
+  for_chunk_runs(p, c0, c1, step, sums, [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums* of_channel) {
+    accumulate_run_float(x.run(o, c, i, n, buffer), n, shift[c - c0], of_channel);
+  });
+  for (int64_t c = c0; c < c1; ++c) {
+    const double s1 = sums[c - c0].total1(), s2 = sums[c - c0].total2();
+    if (float_sums_are_safe(p.count(), s1, s2)) {
+      partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift[c - c0], s1, s2));
+    } else {
+      planes_chunk_double(g, x, chunk, c, partials);
     }
   }
-  sums.flush();
-  const double s1 = sums.totals.total1(), s2 = sums.totals.total2();
-  if (!float_sums_are_safe(p.count(), s1, s2)) return planes_chunk_double(g, x, chunk, c, partials);
-  partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift, s1, s2));
 }
 
 template <class T>
@@ -188,15 +239,11 @@ inline void statistics_columns(const Geometry& g, const Reader<T>& x, const Part
 template <class T>
 inline void statistics_planes(const Geometry& g, const Reader<T>& x, const Partials& partials, int64_t c0, int64_t c1,
                               const Parallel& par) {
-  const int64_t chunks = g.chunks();
-  parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task % chunks, c = c0 + task / chunks;
-      if constexpr (sizeof(T) < sizeof(double)) {
-        planes_chunk_float(g, x, chunk, c, partials);
-      } else {
-        planes_chunk_double(g, x, chunk, c, partials);
-      }
+  for_plane_groups(g, c0, c1, par, [&](int64_t chunk, int64_t first, int64_t last) {
+    if constexpr (sizeof(T) < sizeof(double)) {
+      planes_chunk_float(g, x, chunk, first, last, partials);
+    } else {
+      for (int64_t c = first; c < last; ++c) planes_chunk_double(g, x, chunk, c, partials);
     }
   });
 }

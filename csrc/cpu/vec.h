@@ -79,13 +79,11 @@ inline void narrow(float16* p, Vec<float, N> v) {
   for (int i = 0; i < N; ++i) p[i] = float_to_float16(v[i]);
 }
 
-// One stream read from memory far ahead: the hardware's prefetchers stop at page ends and start late (measured:
-// statistics of a tensor in the last-level cache 1.6 times faster). Past the end of a tensor it is a no-op.
-constexpr int kPrefetchBytes = 4096;
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-template <class T>
-inline void prefetch_ahead(const T* p) {
-  prefetch(p + kPrefetchBytes / sizeof(T));
+// Where pieces lie apart in memory, what is read this much later is asked for early: the hardware's prefetchers stop at
+// each piece. Along memory they do better alone (measured: 0.7 to 0.8 of the speed with prefetches beside them).
+constexpr int64_t kPrefetchBytes = 4096;
+inline void prefetch(const void* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at);
 }
 
 // The type that element-wise passes compute in, and its vector.
@@ -173,7 +171,7 @@ inline void store_pack(T* p, const VecC<T>* v) {
 
 // The same without reading the line first and past the caches, for an output that they cannot hold anyway. p must be
 // aligned to the pack. An output no larger stays with ordinary stores: who reads it next may find its end in cache.
-constexpr int64_t kStreamedOutput = int64_t(32) << 20;
+constexpr int64_t kStreamedOutput = int64_t(8) << 20;
 template <class T>
 inline void stream_pack(T* p, const VecC<T>* v) {
 #if defined(BN_EXT_X86)
@@ -189,9 +187,19 @@ inline void stream_pack(T* p, const VecC<T>* v) {
 #endif
   store_pack(p, v);
 }
-template <class T>
-inline bool streamable(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kPack<T> * sizeof(T)) == 0;
+// Calls body(streamed, i, count) for n elements from `out` on, streamed ones from the first whose address allows it;
+// none are where `whole` forbids to begin within the n and the first does not allow it.
+template <class T, class Body>
+inline void for_streamed(bool stream, bool whole, const T* out, int64_t n, const Body& body) {
+  const int64_t off = reinterpret_cast<uintptr_t>(out) % (kPack<T> * sizeof(T));
+  int64_t head = n;
+  if (stream && off == 0) {
+    head = 0;
+  } else if (stream && !whole && off % sizeof(T) == 0) {
+    head = std::min<int64_t>(n, kPack<T> - off / int64_t(sizeof(T)));
+  }
+  if (head > 0) body(std::false_type(), int64_t(0), head);
+  if (head < n) body(std::true_type(), head, n - head);
 }
 // Orders streamed stores before whatever this thread does next.
 inline void stream_fence() {
@@ -217,11 +225,10 @@ inline const T* padded(const T* p, int64_t n, T fill, T* buffer) {
   return buffer;
 }
 
-template <class V>
-inline V broadcast(double value) {
-  V v;
-  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = value;
-  return v;
+// value - 0 is value, zeros' signs included: set lane by lane, GCC 12 makes one masked instruction of each.
+template <class V, class E>
+inline V broadcast(E value) {
+  return value - V{};
 }
 
 inline double sum_lanes(VecD v) {
