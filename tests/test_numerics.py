@@ -265,12 +265,12 @@ def test_gradients_where_eps_hides_the_variance(
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((140_000, 64), torch.float32), ((2_900_000, 3), torch.float32), ((33_000, 257), torch.float32), ((70, 128, 1030), torch.float32),
-     ((70_000, 257), torch.bfloat16)],
+    [((140_000, 64), torch.float32), ((2_900_000, 3), torch.float32), ((33_000, 257), torch.float32),
+     ((70, 128, 1030), torch.float32), ((70_000, 257), torch.bfloat16)],
     ids=str,
 )  # fmt: skip
 def test_outputs_past_the_caches(device: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    """Outputs of 32 MiB and more are written past the caches on the CPU."""
+    """Outputs of 8 MiB and more are written past the caches on the CPU, and these do not fit there in any case."""
     x = LAYOUTS[layout](normal(shape, dtype, device, mean=0.3))
     assert x.numel() * x.element_size() >= 32 << 20
     g = LAYOUTS[layout](normal(shape, dtype, device, seed=1, mean=0.1))
