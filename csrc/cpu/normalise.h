@@ -145,25 +145,28 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
 }
 
 // Calls body(o, c, i0, n) for the runs of one (outer, channel) plane after the other, in pieces that a gather buffer
-// holds where some operand is not contiguous.
+// holds where some operand is not contiguous. In reverse order blocks of kRunElements go backwards, and what is in them
+// forwards: runs of a few hundred bytes taken backwards run against the prefetchers.
 template <class Body>
 inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, Order order, const Parallel& par,
                        const Body& body) {
   const int64_t channels = c1 - c0, pieces = g.run_pieces(), step = direct ? g.run_length() : kGather;
-  const int64_t way = order == Order::kForward ? 1 : -1;
-  parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
-    // Counted on instead of divided for each task: a short run takes no longer than two divisions.
-    const int64_t first = way > 0 ? begin : end - 1;
-    int64_t piece = first % pieces, c = first / pieces % channels, o = first / pieces / channels;
+  const auto runs = [&](int64_t begin, int64_t end) {
+    // Counted on instead of divided for each run: a short one takes no longer than two divisions.
+    int64_t piece = begin % pieces, c = begin / pieces % channels, o = begin / pieces / channels;
     for (int64_t left = end - begin; left > 0; --left) {
       const int64_t i0 = piece * g.run_length(), i1 = std::min(i0 + g.run_length(), g.inner);
       for (int64_t i = i0; i < i1; i += step) body(o, c0 + c, i, std::min(step, i1 - i));
-      if ((piece += way) >= 0 && piece < pieces) continue;
-      piece = way > 0 ? 0 : pieces - 1;
-      if ((c += way) >= 0 && c < channels) continue;
-      c = way > 0 ? 0 : channels - 1;
-      o += way;
+      if (++piece < pieces) continue;
+      piece = 0;
+      if (++c < channels) continue;
+      c = 0;
+      ++o;
     }
+  };
+  parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
+    const int64_t block = order == Order::kForward ? end - begin : g.chunk_outer();
+    for (int64_t last = end; last > begin; last -= block) runs(std::max(begin, last - block), last);
     stream_fence();
   });
 }
