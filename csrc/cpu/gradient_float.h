@@ -1,5 +1,5 @@
-// Backward's reductions in float arithmetic, flushed to double every kFlush values: half the work of gradient.h, for
-// float32 and 16-bit tensors. Included inside the level's namespace.
+// The reductions of gradient.h in float arithmetic, flushed to double every kFlush values: half the work, for float32
+// and 16-bit tensors. Included inside the level's namespace.
 //
 // x is centred by formulas.h's coarse shift; what the shift leaves of the mean is taken off the sum in double. A chunk
 // whose sums left float's range is done again in double, channel by channel.
@@ -12,152 +12,178 @@ struct Centres {
   const double* rest;
 };
 
+// Sums of products with x - shift, each behind the sum without it, become those with x - mean.
+template <int kCount>
+inline void recentre(double rest, double* sums) {
+  for (int i = 1; i < kCount; i += 2) sums[i] -= rest * sums[i - 1];
+}
+
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kRows>
-inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x, int64_t n, const float* shift,
-                                           int64_t ahead, float* sum, float* dot) {
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
+template <class T, int kInputs, int kRows>
+inline void accumulate_gradient_rows_float(const T* const (&rows)[kInputs][kRows], int64_t n, const float* shift,
+                                           int64_t ahead, float (*sum)[kBlockColumns]) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kCount = kSums<kInputs>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    if (kRows == 1) prefetch(dy[0] + v + ahead), prefetch(x[0] + v + ahead);
-    VecF k[kVectors], s[kVectors] = {}, d[kVectors] = {};
-    for (int u = 0; u < kVectors; ++u) k[u] = load_raw<VecF>(shift + v + u * kLanesF);
+    VecF shifts[kVectors], total[kCount][kVectors] = {};
+    for (int u = 0; u < kVectors; ++u) shifts[u] = load_raw<VecF>(shift + v + u * kLanesF);
+    if (kRows == 1) {
+      for (int k = 0; k < kInputs; ++k) prefetch(rows[k][0] + v + ahead);
+    }
     const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
       T buffer[kN];
       load_pack(tail ? padded<kN>(from + v, n - v, T(), buffer) : from + v, to);
     };
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
-      VecF vdy[kVectors], vx[kVectors], more_dy[kVectors], more_x[kVectors];
-      load(dy[j], vdy);
-      load(x[j], vx);
-      if (two) load(dy[j + 1], more_dy), load(x[j + 1], more_x);
+      VecF in[kInputs][kVectors], more[kInputs][kVectors];
+      for (int k = 0; k < kInputs; ++k) load(rows[k][j], in[k]);
+      for (int k = 0; two && k < kInputs; ++k) load(rows[k][j + 1], more[k]);
       for (int u = 0; u < kVectors; ++u) {
-        VecF product = vdy[u] * (vx[u] - k[u]), sum_dy = vdy[u];
-        if (two) product += more_dy[u] * (more_x[u] - k[u]), sum_dy += more_dy[u];
-        s[u] = j == 0 ? sum_dy : s[u] + sum_dy;
-        d[u] = j == 0 ? product : d[u] + product;
+        VecF at[kInputs], term[kCount];
+        for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][u] - shifts[u] : in[k][u];
+        gradient_terms<kInputs>(at, term);
+        if (two) {
+          VecF next[kCount];
+          for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? more[k][u] - shifts[u] : more[k][u];
+          gradient_terms<kInputs>(at, next);
+          for (int i = 0; i < kCount; ++i) term[i] += next[i];
+        }
+        for (int i = 0; i < kCount; ++i) total[i][u] = j == 0 ? term[i] : total[i][u] + term[i];
       }
     }
     for (int u = 0; u < kVectors; ++u) {
-      float *to_sum = sum + v + u * kLanesF, *to_dot = dot + v + u * kLanesF;
-      store_raw(to_sum, load_raw<VecF>(to_sum) + s[u]);
-      store_raw(to_dot, load_raw<VecF>(to_dot) + d[u]);
+      for (int i = 0; i < kCount; ++i) {
+        float* to = sum[i] + v + u * kLanesF;
+        store_raw(to, load_raw<VecF>(to) + total[i][u]);
+      }
     }
   });
 }
 
-template <class T>
-inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
-                                   const Centres<T>& centres, const GradSums& sums) {
-  alignas(64) float shift[kBlockColumns], f1[kBlockColumns], f2[kBlockColumns];
-  alignas(64) double sum[kBlockColumns], dot[kBlockColumns], in_order[kBlockColumns];
-  T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
+template <class T, int kInputs>
+inline void gradient_columns_float(const Geometry& g, const Readers<T, kInputs>& in, const ColumnTask& t,
+                                   const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
+  constexpr int kCount = kSums<kInputs>;
+  alignas(64) float shift[kBlockColumns], part[kCount][kBlockColumns];
+  alignas(64) double sum[kCount][kBlockColumns], in_order[kBlockColumns];
+  RowBuffer<T, kInputs> buffer;
   const int64_t size = packed_size<T>(t.n);
-  for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
-  for (double* s : {sum, dot}) std::fill(s, s + size, 0.0);
+  for (float* f : part) std::fill(f, f + size, 0.0f);
+  for (double* s : sum) std::fill(s, s + size, 0.0);
   const float* k[1];
   centres.shift.template expand_packs<T>(g, t.v0, t.n, shift, k);
   const bool stream = streams(g, sizeof(T));
   const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
   const int64_t ahead = elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; r += batch) {
-    for_gradient_rows(g, dy, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
-                      [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
-                        constexpr int kRows = decltype(count)::value;
-                        accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], ahead, f1, f2);
-                      });
-    flush_columns(size, f1, sum);
-    flush_columns(size, f2, dot);
+    for_gradient_rows<T, kInputs>(g, in, t, r, std::min(r + batch, t.r1), buffer, [&](const auto& rows) {
+      accumulate_gradient_rows_float(rows, t.n, k[0], ahead, part);
+    });
+    for (int i = 0; i < kCount; ++i) flush_columns(size, part[i], sum[i]);
   }
   if constexpr (kPackVectors<T> > 1) {
-    for (double* s : {sum, dot}) {
+    for (double* s : sum) {
       from_packs<T>(s, t.n, in_order);
       std::copy(in_order, in_order + t.n, s);
     }
   }
   bool unsafe[kBlockColumns];
-  const auto correct = [&](int64_t c, double s, double d) { return d - centres.rest[c] * s; };
-  const bool any = store_gradient_columns(g, t, sum, dot, sums, nullptr, unsafe, correct);
-  if (any) gradient_columns_double(g, dy, x, t, centres.means, sums, unsafe);
+  const auto correct = [&](int64_t c, double* s) { recentre<kCount>(centres.rest[c], s); };
+  const bool any = store_gradient_columns(g, t, sum, sums, nullptr, unsafe, correct);
+  if (any) gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums, unsafe);
 }
 
-template <class T>
-inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, float shift, int64_t ahead,
-                                          FloatRunSums* sums) {
-  constexpr int kN = 2 * kLanesF;
-  constexpr int64_t kPiece = kFlush * 4 * kN, kLine = 64 / sizeof(T);
-  const VecF k = VecF{} + shift;
+template <class T, int kInputs>
+inline void accumulate_gradient_run_float(const T* const* from, int64_t n, float shift, int64_t ahead,
+                                          FloatRunSums<kSums<kInputs>, kWays<kInputs>>* sums) {
+  constexpr int kN = 2 * kLanesF, kCount = kSums<kInputs>, kW = kWays<kInputs>;
+  constexpr int64_t kPiece = kFlush * kW * kN, kLine = 64 / sizeof(T);
+  const VecF mean = VecF{} + shift;
   for (int64_t i0 = 0; i0 < n; i0 += kPiece) {
-    const int64_t m = std::min(kPiece, n - i0), addends = (m + 4 * kN - 1) / (4 * kN) + 4;
+    const int64_t m = std::min(kPiece, n - i0), addends = (m + kW * kN - 1) / (kW * kN) + 4;
     if (sums->pending + addends > kFlush + 4) sums->flush();
     sums->pending += addends;
-    VecF a[4], b[4];
-    for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
+    VecF acc[kCount][kW];
+    for (int i = 0; i < kCount; ++i) std::copy(sums->f[i], sums->f[i] + kW, acc[i]);
     for_run<kN>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-      T tail_x[kN], tail_dy[kN];
+      T buffer[kInputs][kN];
+      VecF in[kInputs][2], at[kInputs], term[2][kCount];
       for (int64_t line = 0; line < kN; line += kLine) {
         if (u * kN % kLine != 0) continue;
-        prefetch(x + i0 + i + line + ahead);
-        prefetch(dy + i0 + i + line + ahead);
+        for (int k = 0; k < kInputs; ++k) prefetch(from[k] + i0 + i + line + ahead);
       }
-      const T* px = tail ? padded<kN>(x + i0 + i, m - i, T(), tail_x) : x + i0 + i;
-      const T* pdy = tail ? padded<kN>(dy + i0 + i, m - i, T(), tail_dy) : dy + i0 + i;
-      VecF vx[2], vdy[2];
-      for (int w = 0; w < 2; w += kPackVectors<T>) {
-        load_pack(px + w * kLanesF, vx + w);
-        load_pack(pdy + w * kLanesF, vdy + w);
+      for (int k = 0; k < kInputs; ++k) {
+        const T* p = tail ? padded<kN>(from[k] + i0 + i, m - i, T(), buffer[k]) : from[k] + i0 + i;
+        for (int w = 0; w < 2; w += kPackVectors<T>) load_pack(p + w * kLanesF, in[k] + w);
       }
-      a[u] += vdy[0] + vdy[1];
-      b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
+      for (int w = 0; w < 2; ++w) {
+        for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][w] - mean : in[k][w];
+        gradient_terms<kInputs>(at, term[w]);
+      }
+      for (int i = 0; i < kCount; ++i) acc[i][u % kW] += term[0][i] + term[1][i];
     });
-    for (int u = 0; u < 4; ++u) sums->f1[u] = a[u], sums->f2[u] = b[u];
+    for (int i = 0; i < kCount; ++i) std::copy(acc[i], acc[i] + kW, sums->f[i]);
   }
 }
 
-template <class T>
-inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
-                                  const Centres<T>& centres, const GradSums& sums) {
+template <class T, int kInputs>
+inline void gradient_planes_float(const Geometry& g, const Readers<T, kInputs>& in, int64_t chunk, int64_t c,
+                                  const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
+  constexpr int kCount = kSums<kInputs>;
   const float shift = centres.shift.row(0)[c];
   const int64_t ahead = elements_ahead(g, sizeof(T), g.inner);
-  FloatRunSums acc;
-  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
-    accumulate_gradient_run_float(pdy, px, n, shift, ahead, &acc);
+  FloatRunSums<kCount, kWays<kInputs>> acc;
+  for_gradient_runs<T, kInputs>(in, plane_chunk(g, chunk), c, [&](int64_t n, const T* const* from) {
+    accumulate_gradient_run_float<T, kInputs>(from, n, shift, ahead, &acc);
   });
   acc.flush();
-  const double sum = acc.totals.total1(), dot = acc.totals.total2();
-  if (!is_finite(sum) || !is_finite(dot)) return gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
-  sums.row(chunk, 0)[c] = sum;
-  sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
+  double total[kCount];
+  bool finite = true;
+  for (int i = 0; i < kCount; ++i) {
+    total[i] = acc.totals.total(i);
+    finite &= is_finite(total[i]);
+  }
+  if (!finite) return gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
+  recentre<kCount>(centres.rest[c], total);
+  for (int i = 0; i < kCount; ++i) sums.row(chunk, i)[c] = total[i];
 }
 
-template <class T>
-inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
-                           const GradSums& sums, const Parallel& par) {
+template <class T, int kInputs>
+inline void reduce_columns(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                           const ChunkSums<kSums<kInputs>>& sums, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const ColumnTask t = column_task(g, task);
       if constexpr (sizeof(T) < sizeof(double)) {
-        gradient_columns_float(g, dy, x, t, centres, sums);
+        gradient_columns_float<T, kInputs>(g, in, t, centres, sums);
       } else {
-        gradient_columns_double(g, dy, x, t, centres.means, sums);
+        gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums);
       }
     }
   });
 }
 
-template <class T>
-inline void reduce_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
-                          const GradSums& sums, int64_t c0, int64_t c1, const Parallel& par) {
+template <class T, int kInputs>
+inline void reduce_planes(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                          const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
   const int64_t chunks = g.chunks();
   parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, c = c0 + task / chunks;
       if constexpr (sizeof(T) < sizeof(double)) {
-        gradient_planes_float(g, dy, x, chunk, c, centres, sums);
+        gradient_planes_float<T, kInputs>(g, in, chunk, c, centres, sums);
       } else {
-        gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
+        gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
       }
     }
   });
+}
+
+// Sums of channels [c0, c1) by chunk, in either layout.
+template <class T, int kInputs>
+inline void reduce_gradients(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                             const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
+  if (g.columns) return reduce_columns<T, kInputs>(g, in, centres, sums, par);
+  reduce_planes<T, kInputs>(g, in, centres, sums, c0, c1, par);
 }

@@ -1,16 +1,20 @@
 // Contiguous access to rows (columns layout) and runs (planes layout) of an operand with any strides.
 // Included inside the level's namespace.
 
+constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
+
 template <class T>
 class Reader {
  public:
+  // Without data it reads as zeros, which cost no memory traffic.
   Reader(const Geometry& g, int operand, const void* data)
-      : g_(g), k_(operand), base_(static_cast<const T*>(data)), direct_(g.direct(operand)) {}
+      : g_(g), k_(operand), base_(static_cast<const T*>(data)), direct_(data != nullptr && g.direct(operand)) {}
 
   bool direct() const { return direct_; }
 
   // Columns [v0, v0 + n) of row r: in place, or gathered into `buffer` (n elements).
   const T* row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+    if (base_ == nullptr) return zeros();
     const T* row = base_ + g_.row_offset(k_, r);
     if (direct_) return row + v0;
     const int64_t fast = g_.fast(), fast_stride = g_.fast_stride(k_), slow_stride = g_.slow_stride(k_);
@@ -28,6 +32,7 @@ class Reader {
 
   // Elements [i0, i0 + n) of the run of channel c at outer index o.
   const T* run(int64_t o, int64_t c, int64_t i0, int64_t n, T* buffer) const {
+    if (base_ == nullptr) return zeros();
     const Strides& s = g_.strides[k_];
     const T* run = base_ + o * s.outer + c * s.channel + i0 * s.inner;
     if (direct_) return run;
@@ -36,18 +41,31 @@ class Reader {
   }
 
  private:
+  static const T* zeros() {
+    static_assert(kGather >= kBlockColumns, "as many as a row or a run is read of at a time");
+    alignas(64) static const T values[kGather] = {};
+    return values;
+  }
+
   const Geometry& g_;
   int k_;
   const T* base_;
   bool direct_;
 };
 
+// The tensors that a pass reads, in the order of its operands.
+template <class T, int kInputs>
+using Readers = std::array<Reader<T>, kInputs>;
+template <class T, size_t kInputs>
+inline bool all_direct(const std::array<Reader<T>, kInputs>& in) {
+  return std::all_of(in.begin(), in.end(), [](const Reader<T>& reader) { return reader.direct(); });
+}
+
 // Rows reduced side by side share a load and a store of the accumulators. Past the caches that does not pay: many
 // streams at one power-of-two distance defeat the prefetcher (measured 1.3 to 1.7 times slower), so rows go one by one
 // there.
 constexpr int kRowGroup = 8, kGradientRowGroup = 4;
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
-constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
 
 inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
 inline bool streams_output(const Geometry& g, int64_t element_size) {

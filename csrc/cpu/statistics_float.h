@@ -98,23 +98,25 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
 }
 
 // Float sums over runs with their double totals; each accumulator takes at most kFlush vectors between two flushes.
+template <int kSums = 2, int kWays = 4>
 struct FloatRunSums {
-  VecF f1[4] = {}, f2[4] = {};
-  RunSums totals;
+  VecF f[kSums][kWays] = {};
+  RunSums<kSums, kWays> totals;
   int64_t pending = 0;
 
   void flush() {
-    for (int u = 0; u < 4; ++u) {
-      add_widened(f1[u], &totals.s1[u], &totals.s1[u]);
-      add_widened(f2[u], &totals.s2[u], &totals.s2[u]);
-      f1[u] = f2[u] = VecF{};
+    for (int i = 0; i < kSums; ++i) {
+      for (int u = 0; u < kWays; ++u) {
+        add_widened(f[i][u], &totals.s[i][u], &totals.s[i][u]);
+        f[i][u] = VecF{};
+      }
     }
     pending = 0;
   }
 };
 
 template <class T>
-inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums* sums) {
+inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums<>* sums) {
   constexpr int64_t kStep = kFlush * 4 * kLanesF;
   const VecF k = VecF{} + shift;
   for (int64_t i0 = 0; i0 < n; i0 += kStep) {
@@ -122,7 +124,7 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
     if (sums->pending + vectors > kFlush + 4) sums->flush();
     sums->pending += vectors;
     VecF a[4], b[4];
-    for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
+    for (int u = 0; u < 4; ++u) a[u] = sums->f[0][u], b[u] = sums->f[1][u];
     for_run<kLanesF>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
       VecF value;
       prefetch_ahead(p + i0 + i);
@@ -139,7 +141,7 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
       a[u] += d;
       b[u] += d * d;
     });
-    for (int u = 0; u < 4; ++u) sums->f1[u] = a[u], sums->f2[u] = b[u];
+    for (int u = 0; u < 4; ++u) sums->f[0][u] = a[u], sums->f[1][u] = b[u];
   }
 }
 
@@ -156,7 +158,7 @@ inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t ch
   for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(first[i])) - base;
   float shift = base + sum / static_cast<float>(few);
   if (!is_finite(shift)) shift = 0;
-  FloatRunSums sums;
+  FloatRunSums<> sums;
   const int64_t step = x.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
     for (int64_t i = 0; i < p.n; i += step) {
@@ -165,7 +167,7 @@ inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t ch
     }
   }
   sums.flush();
-  const double s1 = sums.totals.total1(), s2 = sums.totals.total2();
+  const double s1 = sums.totals.total(0), s2 = sums.totals.total(1);
   if (!float_sums_are_safe(p.count(), s1, s2)) return planes_chunk_double(g, x, chunk, c, partials);
   partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift, s1, s2));
 }
