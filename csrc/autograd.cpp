@@ -73,8 +73,8 @@ variable_list as_inputs(const Gradients& g, std::array<bool, 3> mask, size_t inp
 
 std::array<bool, 3> mask_of(int64_t bits) { return {bool(bits & 1), bool(bits & 2), bool(bits & 4)}; }
 
-// A transform of torch.func takes no node in C++, nor does forward mode, and torch's older vmap (is_grads_batched) would
-// run the kernels row by row, without a graph: there the gradients are made of differentiable operations.
+// A transform of torch.func takes no node in C++, nor does forward mode, and torch's older vmap (is_grads_batched)
+// would run the kernels row by row, without a graph: there the gradients are made of differentiable operations.
 bool transformed() {
   using c10::DispatchKey;
   return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
