@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import report
 from contenders import Bench, Disagreement, check_agreement
 from environment import MEMORY, facts, set_memory
-from grid import CONTENDERS, CUDA, FULL, MODES, QUICK, Point, least_bytes, select
+from grid import CONTENDERS, CUDA, DEFAULT_MODES, FULL, MODES, QUICK, SECOND_ORDER_MODES, Point, least_bytes, select
 from timing import Plan, Step, Times, cpu_clock, race
 from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
 
@@ -131,7 +131,7 @@ class Runner:
         bench = Bench(point, mode, self.device, sets)
         with bench.grad_mode():
             steps = {name: self.ready(bench.step(name), sets) for name in self.contenders if name != "compile"}
-            if "compile" in self.contenders:
+            if "compile" in self.contenders and mode not in SECOND_ORDER_MODES:
                 try:
                     steps["compile"] = self.ready(bench.step("compile"), sets)
                     steps["compile"]()
@@ -204,7 +204,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN",
         help='only matching points, by shape, dtype or layout: "65536x*", "float32", "32x64,128x256"; may be repeated',
     )
-    parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
+    parser.add_argument("--modes", default=",".join(DEFAULT_MODES), help=f"comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--seconds", type=float, metavar="S", help="about how long to take, shared by the measurements")
     parser.add_argument("--replay", action="store_true", help="CUDA: time replays of a graph of calls, not calls")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it compiles for minutes")

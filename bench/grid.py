@@ -10,13 +10,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MODES = ("forward", "forward_backward", "eval")
+DEFAULT_MODES = ("forward", "forward_backward", "eval")
+SECOND_ORDER_MODES = ("double_backward", "gradient_penalty")  # when asked for; torch.compile has no second derivatives
+MODES = DEFAULT_MODES + SECOND_ORDER_MODES
 CONTENDERS = ("bn_ext", "nn", "compile", "copy")
 
 # Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays on chip between the
 # statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and
-# writes once. Parameters and statistics are too small to count.
-TENSORS_MOVED = {"forward": 2, "forward_backward": 2 + 3, "eval": 2}
+# writes once. A double backward reads x, the gradient and what arrives at backward's result, and writes two; a penalty
+# moves at the least as much, with what torch does around the batch norm left out. Parameters and statistics are too
+# small to count.
+TENSORS_MOVED = {
+    "forward": 2,
+    "forward_backward": 2 + 3,
+    "eval": 2,
+    "double_backward": 2 + 3 + 5,
+    "gradient_penalty": 2 + 3 + 5,
+}
 COPY_TENSORS_MOVED = 2
 
 

@@ -26,6 +26,7 @@ import report
 import timing
 import timing_cuda
 from grid import Point
+from support import OpLog
 
 KEYS = {
     *("device", "dtype", "shape", "layout", "mode", "contender", "median_us", "p20_us", "p80_us", "bytes", "gbps"),
@@ -53,6 +54,7 @@ def test_least_bytes_model() -> None:
     point = Point((32, 64))
     assert point.bytes == 32 * 64 * 4
     expected = {"forward": 2 * 8192, "forward_backward": 5 * 8192, "eval": 2 * 8192}
+    expected |= {"double_backward": 10 * 8192, "gradient_penalty": 10 * 8192}
     for contender in ("bn_ext", "nn", "compile"):
         assert {mode: grid.least_bytes(point, mode, contender) for mode in grid.MODES} == expected
     assert all(grid.least_bytes(point, mode, "copy") == 2 * 8192 for mode in grid.MODES)
@@ -98,7 +100,7 @@ def test_result_file_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     found = measure(monkeypatch, tmp_path / "r.jsonl", "--quick", "--filter", "32x64*,128x256", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     points = grid.select(grid.QUICK, ["32x64*,128x256"])
-    assert len(points) >= 4 and len(found) == len(points) * len(grid.MODES) * 3
+    assert len(points) >= 4 and len(found) == len(points) * len(grid.DEFAULT_MODES) * 3
     for line in found:
         assert line.keys() >= KEYS
         assert 0 < line["p20_us"] <= line["median_us"] <= line["p80_us"]
@@ -136,6 +138,26 @@ def test_a_broken_compiler_is_said_once(
     message = capsys.readouterr().err
     assert message.count("torch.compile does not work here") == 1
     assert "no working compiler" in message and "second line" not in message
+
+
+def test_second_order_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They take the double backward of both; torch.compile, which has none, is left out."""
+    monkeypatch.setattr(contenders, "compiled", lambda module: pytest.fail("compiled"))
+    modes = ",".join(grid.SECOND_ORDER_MODES)
+    found = measure(monkeypatch, tmp_path / "r.jsonl", "--filter", "32x64*", "--filter", "float32", "--modes", modes)
+    assert {line["mode"] for line in found} == set(grid.SECOND_ORDER_MODES)
+    assert {line["contender"] for line in found} == {"bn_ext", "nn", "copy"}
+
+
+@pytest.mark.parametrize("mode", grid.SECOND_ORDER_MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "nlc"])
+def test_second_order_steps_are_the_kernels(mode: str, layout: str) -> None:
+    bench = contenders.Bench(Point((4, 3, 5), layout=layout), mode, torch.device("cpu"), sets=2)
+    step = bench.step("bn_ext")
+    with OpLog() as log:
+        step()
+    assert [name for name in log.names if "double_backward" in name] == ["bn_ext::batch_norm_double_backward"]
+    assert all(x.grad is None for x in bench.inputs)
 
 
 def test_compile_is_a_contender_of_the_full_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
