@@ -66,6 +66,16 @@ BN_HD W double_grad_weight(const DoubleChannel<A, W>& c, const W* sums) {
   return c.invstd * (sums[4] - product / c.count);
 }
 
+// What a position adds to the sums, of dy, x - mean and gg.
+template <typename V>
+BN_HD void double_terms(const V* in, V* term) {
+  term[0] = in[0];
+  term[1] = in[0] * in[1];
+  term[2] = in[2];
+  term[3] = in[2] * in[1];
+  term[4] = in[2] * in[0];
+}
+
 // One position: of dy, x and gg the gradients with respect to dy and x. c holds the coefficients in DoubleGradient's
 // order; V is a number or a vector of them.
 template <typename V>

@@ -8,13 +8,9 @@ constexpr int kSums = kInputs == 2 ? 2 : kDoubleSums;
 // What a position adds to the sums, of dy, x - mean and gg.
 template <int kInputs, class V>
 inline void gradient_terms(const V* in, V* term) {
+  if constexpr (kInputs == 3) return double_terms(in, term);
   term[0] = in[0];
   term[1] = in[0] * in[1];
-  if constexpr (kInputs == 3) {
-    term[2] = in[2];
-    term[3] = in[2] * in[1];
-    term[4] = in[2] * in[0];
-  }
 }
 
 // Sums of every chunk: [chunk][kCount][channels] doubles.
