@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import report
 from contenders import Bench, Disagreement, check_agreement
 from environment import MEMORY, facts, set_memory
-from grid import CONTENDERS, CUDA, FULL, MODES, QUICK, RIVALS, Point, least_bytes, select
+from grid import CONTENDERS, CUDA, DEFAULT_MODES, FULL, MODES, QUICK, RIVALS, Point, least_bytes, select
 from timing import Plan, Step, Times, cpu_clock, race
 from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
 
@@ -206,7 +206,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATTERN",
         help='only matching points, by shape, dtype or layout: "65536x*", "float32", "32x64,128x256"; may be repeated',
     )
-    parser.add_argument("--modes", default=",".join(MODES), help=f"comma-separated, of {', '.join(MODES)}")
+    parser.add_argument("--modes", default=",".join(DEFAULT_MODES), help=f"comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--seconds", type=float, metavar="S", help="about how long to take, shared by the measurements")
     parser.add_argument("--replay", action="store_true", help="CUDA: time replays of a graph of calls, not calls")
     parser.add_argument("--no-rivals", action="store_true", help="without torch.compile (takes minutes) and oneDNN")

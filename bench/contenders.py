@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import bn_ext
-from grid import Point
+from grid import RIVALS, SECOND_ORDER_MODES, Point
 
 Step = Callable[[], None]
+WITH_BACKWARD = ("backward", "forward_backward", *SECOND_ORDER_MODES)
 
 
 class Disagreement(Exception):
@@ -65,7 +66,7 @@ class Bench:
     def __init__(self, point: Point, mode: str, device: torch.device, sets: int = 1) -> None:
         self.point, self.mode, self.device = point, mode, device
         self.inputs = [point.randn(device) for _ in range(sets)]
-        if "backward" in mode:
+        if mode in WITH_BACKWARD:
             self.inputs = [x.requires_grad_() for x in self.inputs]
 
     def grad_mode(self) -> contextlib.AbstractContextManager[object]:
@@ -73,7 +74,9 @@ class Bench:
         return torch.no_grad() if self.mode == "eval" else contextlib.nullcontext()
 
     def has(self, contender: str) -> bool:
-        """Whether a rival can be asked: oneDNN has CPU kernels for contiguous tensors of its own layout."""
+        """Whether a rival can be asked: none has second derivatives; oneDNN is for contiguous tensors on a CPU."""
+        if self.mode in SECOND_ORDER_MODES:
+            return contender not in RIVALS
         cpu = self.device.type == "cpu" and self.point.layout == "contiguous"
         return contender != "onednn" or (cpu and self.point.torch_dtype != torch.float64)
 
@@ -82,9 +85,11 @@ class Bench:
         if contender == "copy":
             return self._copy_step()
         module = make_module(contender, self.point, self.device).train(self.mode != "eval")
+        if self.mode == "gradient_penalty":
+            return self._penalty_step(module)
         grads: list[Tensor] = []
         inputs = self.inputs
-        if "backward" in self.mode:
+        if self.mode in WITH_BACKWARD:
             # Laid out as the contender's own output, which is how an elementwise layer behind it returns its gradient.
             with torch.no_grad():
                 grads = [torch.randn_like(module(x)) for x in inputs]
@@ -95,6 +100,8 @@ class Bench:
             inputs, grads = [to_onednn(x) for x in inputs], [to_onednn(g) for g in grads]
         if self.mode == "backward":
             return self._backward_step(module, inputs, grads)
+        if self.mode == "double_backward":
+            return self._double_backward_step(module, grads)
         return self._forward_backward_step(module, inputs, grads) if grads else self._forward_step(module, inputs)
 
     def _copy_step(self) -> Step:
@@ -137,6 +144,35 @@ class Bench:
             x.grad = weight.grad = bias.grad = None
 
         return forward_backward
+
+    def _double_backward_step(self, module: nn.Module, grads: list[Tensor]) -> Step:
+        """Forward, backward with a graph, and back through both: to the input, the gradient and the weight."""
+        triples = itertools.cycle(
+            (x, g.requires_grad_(), torch.randn_like(g)) for x, g in zip(self.inputs, grads, strict=True)
+        )
+        weight = module.weight
+
+        def double_backward() -> None:
+            x, grad, arriving = next(triples)
+            (first,) = torch.autograd.grad(module(x), x, grad, create_graph=True)
+            first.backward(arriving)
+            x.grad = grad.grad = weight.grad = None
+
+        return double_backward
+
+    def _penalty_step(self, module: nn.Module) -> Step:
+        """The gradient penalty of a Wasserstein GAN's critic (Gulrajani et al. 2017) of one layer."""
+        inputs = itertools.cycle(self.inputs)
+        weight, bias = module.weight, module.bias
+
+        def gradient_penalty() -> None:
+            x = next(inputs)
+            score = nn.functional.leaky_relu(module(x), 0.2).square().sum()
+            (slope,) = torch.autograd.grad(score, x, create_graph=True)
+            (slope.flatten(1).norm(dim=1) - 1).square().mean().backward()
+            x.grad = weight.grad = bias.grad = None
+
+        return gradient_penalty
 
 
 def check_agreement(point: Point, device: torch.device) -> None:

@@ -10,16 +10,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MODES = ("forward", "backward", "forward_backward", "eval")
+DEFAULT_MODES = ("forward", "backward", "forward_backward", "eval")
+SECOND_ORDER_MODES = ("double_backward", "gradient_penalty")  # when asked for
+MODES = DEFAULT_MODES + SECOND_ORDER_MODES
 # What is timed besides native where it works, and what messages call it.
 RIVALS = {"compile": "torch.compile", "onednn": "oneDNN"}
 CONTENDERS = ("bn_ext", "nn", "compile", "onednn", "copy")
 
 # Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays in cache between the
 # statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and
-# writes once. What does not stay is read twice. Parameters and statistics are too small to count.
-PASSES = {"forward": ("forward",), "backward": ("backward",), "forward_backward": ("forward", "backward")}
-TENSORS_READ = {"forward": 1, "backward": 2}
+# writes once. A double backward reads x, the gradient and what arrives at backward's result, and writes two; a penalty
+# moves at the least as much, with what torch does around the batch norm left out. What does not stay is read twice.
+# Parameters and statistics are too small to count.
+PASSES: dict[str, tuple[str, ...]] = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "forward_backward": ("forward", "backward"),
+    "double_backward": ("forward", "backward", "double"),
+    "gradient_penalty": ("forward", "backward", "double"),
+}
+TENSORS_READ = {"forward": 1, "backward": 2, "double": 3}
+TENSORS_WRITTEN = {"forward": 1, "backward": 1, "double": 2}
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def least_bytes(point: Point, mode: str, contender: str, cache: int) -> int:
     moved = 0
     for one in PASSES[mode]:
         read = TENSORS_READ[one]
-        moved += read + 1 if read * whole <= cache else 2 * read + 1
+        moved += TENSORS_WRITTEN[one] + (read if read * whole <= cache else 2 * read)
     return point.bytes * moved
 
 

@@ -1,4 +1,4 @@
-"""autograd.Function around the operators: fused first derivatives, differentiable ones where a graph is asked for.
+"""autograd.Function around the operators: fused first and second derivatives, third ones made of torch operations.
 
 These carry torch.func, whose transforms take no node in C++; everything else goes through their twin there
 (csrc/autograd.cpp), which is faster.
@@ -6,6 +6,7 @@ These carry torch.func, whose transforms take no node in C++; everything else go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,72 @@ from torch import Tensor
 from . import ops
 
 Gradients = tuple[Tensor | None, ...]
+Mask = tuple[bool, bool, bool]
+
+
+def _only(wanted: Mask, gradients: Sequence[Tensor], inputs: int) -> Gradients:
+    """Return the gradients of the first three of a Function's inputs, None for all that is not wanted."""
+    found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return (*found, *(None,) * (inputs - 3))
+
+
+class BatchNormGradients(torch.autograd.Function):
+    """What batch_norm_backward does, or batch_norm_inference_backward, to be differentiated again.
+
+    statistics is forward's saved tensor, or the running mean where variance, the running variance, is given.
+    """
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        statistics: Tensor,
+        variance: Tensor | None,
+        eps: float,
+        mask: Mask,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if variance is None:
+            return ops.batch_norm_backward(grad_output, input, weight, statistics, mask)  # type: ignore[no-any-return]
+        return ops.batch_norm_inference_backward(  # type: ignore[no-any-return]
+            grad_output, input, weight, statistics, variance, eps, mask
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.eps, mask = inputs
+        ctx.mark_non_differentiable(*(t for t, wanted in zip(output, mask, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> Gradients:
+        if all(gradient is None for gradient in arriving):
+            return (None,) * 7
+        grad_output, input, weight, statistics, variance = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        first = (*arriving, grad_output, input, weight)
+        if torch.is_grad_enabled():
+            mean = None if variance is None else statistics
+            found = ops.batch_norm_composite_double_backward(*first, mean, variance, ctx.eps, wanted)
+        elif variance is None:
+            found = ops.batch_norm_double_backward(*first, statistics, wanted)
+        else:
+            found = ops.batch_norm_inference_double_backward(*first, statistics, variance, ctx.eps, wanted)
+        return _only(wanted, found, 7)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, tuple[int, int, int]]:
+        """Go by the rules of the operations that the composite is made of."""
+        grad_output, input, weight, statistics, variance, eps, mask = inputs
+        mean = None if variance is None else statistics
+        mean_dim = None if variance is None else in_dims[3]
+
+        def composite(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            return ops.batch_norm_composite_backward(*tensors, eps, mask)  # type: ignore[no-any-return]
+
+        dims = (*in_dims[:3], mean_dim, in_dims[4])
+        return torch.vmap(composite, dims)(grad_output, input, weight, mean, variance), (0, 0, 0)
 
 
 class BatchNormTraining(torch.autograd.Function):
@@ -49,10 +116,10 @@ class BatchNormTraining(torch.autograd.Function):
         input, weight, saved = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            dx, dw, db = ops.batch_norm_composite_backward(grad_output, input, weight, None, None, ctx.eps, mask)
+            found = BatchNormGradients.apply(grad_output, input, weight, saved, None, ctx.eps, mask)  # type: ignore[no-untyped-call]
         else:
-            dx, dw, db = ops.batch_norm_backward(grad_output, input, weight, saved, mask)
-        return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, None, None, None, None, None
+            found = ops.batch_norm_backward(grad_output, input, weight, saved, mask)
+        return _only(mask, found, 8)
 
 
 class BatchNormInference(torch.autograd.Function):
@@ -84,14 +151,14 @@ class BatchNormInference(torch.autograd.Function):
         input, weight, running_mean, running_var = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            dx, dw, db = ops.batch_norm_composite_backward(
+            found = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
                 grad_output, input, weight, running_mean, running_var, ctx.eps, mask
             )
         else:
-            dx, dw, db = ops.batch_norm_inference_backward(
+            found = ops.batch_norm_inference_backward(
                 grad_output, input, weight, running_mean, running_var, ctx.eps, mask
             )
-        return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None, None, None, None
+        return _only(mask, found, 6)
 
 
 def batch_norm(
@@ -117,4 +184,4 @@ def batch_norm(
     )
 
 
-__all__ = ["BatchNormInference", "BatchNormTraining", "batch_norm"]
+__all__ = ["BatchNormGradients", "BatchNormInference", "BatchNormTraining", "batch_norm"]

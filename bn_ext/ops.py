@@ -12,10 +12,13 @@ from torch import Tensor
 
 batch_norm = torch.ops.bn_ext.batch_norm.default
 batch_norm_composite_backward = torch.ops.bn_ext.batch_norm_composite_backward.default
+batch_norm_composite_double_backward = torch.ops.bn_ext.batch_norm_composite_double_backward.default
 batch_norm_forward = torch.ops.bn_ext.batch_norm_forward.default
 batch_norm_inference = torch.ops.bn_ext.batch_norm_inference.default
 batch_norm_backward = torch.ops.bn_ext.batch_norm_backward.default
 batch_norm_inference_backward = torch.ops.bn_ext.batch_norm_inference_backward.default
+batch_norm_double_backward = torch.ops.bn_ext.batch_norm_double_backward.default
+batch_norm_inference_double_backward = torch.ops.bn_ext.batch_norm_inference_double_backward.default
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -89,3 +92,44 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(input, grad_output, weight, running_mean, running_var)
     return _fake_gradients(input, weight, output_mask)
+
+
+def _fake_second_gradients(
+    input: Tensor, weight: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = output_mask[1], output_mask[2], False
+    grad_input, grad_weight, none = _fake_gradients(input, weight, wanted)
+    return torch.empty_like(input) if output_mask[0] else none, grad_input, grad_weight
+
+
+@torch.library.register_fake("bn_ext::batch_norm_double_backward")
+def _(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight, saved)
+    return _fake_second_gradients(input, weight, output_mask)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_inference_double_backward")
+def _(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight)
+    _check_devices(input, running_mean, running_var)
+    return _fake_second_gradients(input, weight, output_mask)

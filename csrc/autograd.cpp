@@ -1,13 +1,11 @@
 // The entry of all but torch.func: one operator, one autograd node in C++. A Python autograd.Function costs about 25 us
 // more a training step, several times a small batch norm; bn_ext/autograd.py keeps one for torch.func alone.
-#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/rsqrt.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "glue.h"
+#include "composite.h"
 
 namespace bn_ext {
 namespace {
@@ -24,6 +22,12 @@ using BackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTen
                                  std::array<bool, 3>);
 using InferenceBackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                           const Tensor&, double, std::array<bool, 3>);
+using DoubleBackwardSchema = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                       std::array<bool, 3>);
+using InferenceDoubleBackwardSchema = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                const Tensor&, double, std::array<bool, 3>);
 
 // Through the dispatcher, so that every device and every mode that listens to operators is reached.
 template <class Schema>
@@ -46,47 +50,110 @@ const auto& inference_backward_op() {
   static const auto op = handle<InferenceBackwardSchema>("bn_ext::batch_norm_inference_backward");
   return op;
 }
+const auto& double_backward_op() {
+  static const auto op = handle<DoubleBackwardSchema>("bn_ext::batch_norm_double_backward");
+  return op;
+}
+const auto& inference_double_backward_op() {
+  static const auto op = handle<InferenceDoubleBackwardSchema>("bn_ext::batch_norm_inference_double_backward");
+  return op;
+}
 
 bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-// The gradients as compositions of differentiable operations, for derivatives of higher order; formulas.h's formulas.
-// Without running statistics those of the input normalise it, computed anew so that the graph reaches the input.
-Gradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                             const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                             std::array<bool, 3> output_mask) {
-  const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  std::vector<int64_t> dims{0}, column{1, -1};
-  if (input.dim() == 3) {
-    dims.push_back(2);
-    column.push_back(1);
-  }
-  const Tensor x = input.to(dtype), dy = grad_output.to(dtype);
-  const bool batch = !has(running_mean);
-  const Tensor centred = x - (batch ? x.mean(dims, true) : running_mean->to(dtype).view(column));
-  const Tensor variance = batch ? centred.square().mean(dims, true) : running_var->to(dtype).view(column);
-  const Tensor invstd = at::rsqrt(variance + eps), normalised = centred * invstd;
-  const auto none = [&] { return at::empty({0}, x.options()); };
-  Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) {
-    const Tensor scale = has(weight) ? invstd * weight->to(dtype).view(column) : invstd;
-    const Tensor projected = batch ? dy - (dy.mean(dims, true) + normalised * (dy * normalised).mean(dims, true)) : dy;
-    grad_input = (projected * scale).to(input.scalar_type());
-  } else {
-    grad_input = none();
-  }
-  const auto parameter = has(weight) ? weight->scalar_type() : dtype;
-  grad_weight = output_mask[1] ? (dy * normalised).sum(dims).to(parameter) : none();
-  grad_bias = output_mask[2] ? dy.sum(dims).to(parameter) : none();
-  return {grad_input, grad_weight, grad_bias};
-}
 
 variable_list as_inputs(const Gradients& g, std::array<bool, 3> mask, size_t inputs) {
   variable_list list(inputs);
   if (mask[0]) list[0] = std::get<0>(g);
   if (mask[1]) list[1] = std::get<1>(g);
   if (mask[2]) list[2] = std::get<2>(g);
+  return list;
+}
+
+std::array<bool, 3> mask_of(int64_t bits) { return {bool(bits & 1), bool(bits & 2), bool(bits & 4)}; }
+
+// A transform of torch.func takes no node in C++, nor does forward mode, and torch's older vmap (is_grads_batched)
+// would run the kernels row by row, without a graph: there the gradients are made of differentiable operations.
+bool transformed() {
+  using c10::DispatchKey;
+  return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(DispatchKey::VmapMode);
+}
+bool needs_composite(std::initializer_list<const Tensor*> tensors) {
+  if (transformed()) return true;
+  for (const Tensor* t : tensors) {
+    if (t->defined() && t->_fw_grad(0).defined()) return true;
+  }
+  return false;
+}
+
+// The gradients as a node, for second derivatives. Statistics: forward's saved values, or the running mean and
+// variance. Its outputs are the wanted gradients alone; third derivatives are made of differentiable operations.
+struct FirstGradients : torch::autograd::Function<FirstGradients> {
+  static constexpr bool is_traceable = true;
+  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& input,
+                               const OptionalTensor& weight, const Tensor& statistics, const OptionalTensor& variance,
+                               double eps, int64_t bits) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto mask = mask_of(bits);
+    const auto [dx, dw, db] = has(variance)
+                                  ? inference_backward_op().call(dy, input, weight, statistics, *variance, eps, mask)
+                                  : backward_op().call(dy, input, weight, statistics, mask);
+    ctx->save_for_backward({dy, input, weight.value_or(Tensor()), statistics, variance.value_or(Tensor())});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["mask"] = bits;
+    variable_list wanted;
+    if (mask[0]) wanted.push_back(dx);
+    if (mask[1]) wanted.push_back(dw);
+    if (mask[2]) wanted.push_back(db);
+    return wanted;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& arriving) {
+    const auto mask = mask_of(ctx->saved_data["mask"].toInt());
+    OptionalTensor gg[3];
+    bool any = false;
+    for (size_t i = 0, at = 0; i < 3; ++i) {
+      if (mask[i]) gg[i] = optional(arriving[at++]);
+      any |= gg[i].has_value();
+    }
+    if (!any) return variable_list(7);
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &dy = saved[0], &x = saved[1];
+    const OptionalTensor weight = optional(saved[2]), variance = optional(saved[4]);
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                     weight.has_value() && ctx->needs_input_grad(2)};
+    Gradients gradients;
+    if (at::GradMode::is_enabled() || transformed()) {
+      const OptionalTensor mean = variance.has_value() ? optional(saved[3]) : std::nullopt;
+      gradients = composite_double_backward(gg[0], gg[1], gg[2], dy, x, weight, mean, variance, eps, wanted);
+    } else if (variance.has_value()) {
+      gradients =
+          inference_double_backward_op().call(gg[0], gg[1], gg[2], dy, x, weight, saved[3], *variance, eps, wanted);
+    } else {
+      gradients = double_backward_op().call(gg[0], gg[1], gg[2], dy, x, weight, saved[3], wanted);
+    }
+    return as_inputs(gradients, wanted, 7);
+  }
+};
+
+// Gradients that can be differentiated again, in the places of `inputs` inputs.
+variable_list differentiable(const Tensor& dy, const Tensor& input, const OptionalTensor& weight,
+                             const Tensor& statistics, const OptionalTensor& variance, double eps, int64_t bits,
+                             size_t inputs) {
+  const auto mask = mask_of(bits);
+  if (needs_composite({&dy, &input, weight.has_value() ? &*weight : &dy})) {
+    const OptionalTensor mean = has(variance) ? OptionalTensor(statistics) : std::nullopt;
+    return as_inputs(composite_backward(dy, input, weight, mean, variance, eps, mask), mask, inputs);
+  }
+  const variable_list made = FirstGradients::apply(dy, input, weight, statistics, variance, eps, bits);
+  variable_list list(inputs);
+  for (size_t i = 0, at = 0; i < 3; ++i) {
+    if (mask[i]) list[i] = made[at++];
+  }
   return list;
 }
 
@@ -111,11 +178,11 @@ struct Training : torch::autograd::Function<Training> {
     if (!dy.defined()) return variable_list(8);
     const auto saved = ctx->get_saved_variables();
     const int64_t bits = ctx->saved_data["mask"].toInt();
-    const std::array<bool, 3> mask{bool(bits & 1), bool(bits & 2), bool(bits & 4)};
+    const auto mask = mask_of(bits);
     const OptionalTensor weight = optional(saved[1]);
     if (at::GradMode::is_enabled()) {
       const double eps = ctx->saved_data["eps"].toDouble();
-      return as_inputs(composite_backward(dy, saved[0], weight, {}, {}, eps, mask), mask, 8);
+      return differentiable(dy, saved[0], weight, saved[2], {}, eps, bits, 8);
     }
     return as_inputs(backward_op().call(dy, saved[0], weight, saved[2], mask), mask, 8);
   }
@@ -139,12 +206,10 @@ struct Inference : torch::autograd::Function<Inference> {
     if (!dy.defined()) return variable_list(6);
     const auto saved = ctx->get_saved_variables();
     const int64_t bits = ctx->saved_data["mask"].toInt();
-    const std::array<bool, 3> mask{bool(bits & 1), bool(bits & 2), bool(bits & 4)};
+    const auto mask = mask_of(bits);
     const OptionalTensor weight = optional(saved[1]);
     const double eps = ctx->saved_data["eps"].toDouble();
-    if (at::GradMode::is_enabled()) {
-      return as_inputs(composite_backward(dy, saved[0], weight, saved[2], saved[3], eps, mask), mask, 6);
-    }
+    if (at::GradMode::is_enabled()) return differentiable(dy, saved[0], weight, saved[2], saved[3], eps, bits, 6);
     return as_inputs(inference_backward_op().call(dy, saved[0], weight, saved[2], saved[3], eps, mask), mask, 6);
   }
 };
@@ -189,13 +254,6 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeExplicitAutograd, m) { m.impl("batch_norm", batch_norm); }
 TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm", batch_norm_autograd); }
-TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm_composite_backward", composite_backward);
-}
-// vmap over a gradient (jacrev, hessian) goes by the rules of the operations that it is made of.
-TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) {
-  m.impl("batch_norm_composite_backward", composite_backward);
-}
 
 }  // namespace
 }  // namespace bn_ext

@@ -99,6 +99,17 @@ void check_eps(double eps, bool training) {
 #endif
 }
 
+bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// A tensor beside input, of its type.
+Tensor like_input(const Tensor& t, const Tensor& input, const char* name) {
+  TORCH_CHECK(t.sizes() == input.sizes(), name, " should have the size of input, ", input.sizes(), ", but has ",
+              t.sizes());
+  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
+              input.device(), "!");
+  return t.scalar_type() == input.scalar_type() ? t : t.to(input.scalar_type());
+}
+
 // The checks and allocations that both backward operators share; a gradient that is not wanted has no elements.
 BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                std::array<bool, 3> output_mask) {
@@ -106,15 +117,12 @@ BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, c
   BackwardArgs& a = call.args;
   a.shape = shape_of(input);
   a.dtype = dtype_of(input, "batch_norm_backward");
-  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the size of input, ", input.sizes(),
-              ", but has ", grad_output.sizes());
-  TORCH_CHECK(grad_output.device() == input.device(), "Tensor on device ", grad_output.device(),
-              " is not on the expected device ", input.device(), "!");
+  call.grad_output = like_input(grad_output, input, "grad_output");
   call.empty = input.numel() == 0;
   const auto none = [&] { return at::empty({0}, statistics_options(input)); };
   const auto parameter = [&](bool wanted) {
     if (!wanted) return none();
-    const bool given = weight.has_value() && weight->defined();
+    const bool given = has(weight);
     const auto options = given ? weight->options() : statistics_options(input);
     const std::vector<int64_t> size = given ? weight->sizes().vec() : std::vector<int64_t>{a.shape.c};
     return call.empty ? at::zeros(size, options) : at::empty(size, options);
@@ -124,13 +132,46 @@ BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, c
   call.grad_bias = parameter(output_mask[2]);
   if (call.empty) return call;
   a.weight = vector_ref(weight, input, "weight");
-  call.grad_output =
-      grad_output.scalar_type() == input.scalar_type() ? grad_output : grad_output.to(input.scalar_type());
   a.dy = input_ref(call.grad_output);
   a.x = input_ref(input);
   if (output_mask[0]) a.dx = output_ref(call.grad_input);
   if (output_mask[1]) a.grad_weight = vector_ref(call.grad_weight, input, "grad_weight", true);
   if (output_mask[2]) a.grad_bias = vector_ref(call.grad_bias, input, "grad_bias", true);
+  return call;
+}
+
+// The checks of forward's saved values, and of running statistics.
+void set_saved(BackwardArgs* a, const Tensor& saved, const Tensor& input) {
+  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == 3 && saved.size(1) == a->shape.c &&
+                  saved.scalar_type() == statistics_options(input).dtype() && saved.device() == input.device(),
+              "saved should be batch_norm_forward's contiguous (3, ", a->shape.c, ") tensor, but is ", saved.toString(),
+              " of size ", saved.sizes());
+  a->saved = saved.const_data_ptr();
+}
+void set_running(BackwardArgs* a, const Tensor& running_mean, const Tensor& running_var, double eps,
+                 const Tensor& input) {
+  a->running_mean = vector_ref(running_mean, input, "running_mean");
+  a->running_var = vector_ref(running_var, input, "running_var");
+  a->eps = eps;
+}
+
+// The checks and allocations that both double backward operators share, which allocate what backward's do and one more.
+DoubleBackwardCall prepare_second_gradients(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
+                                            const OptionalTensor& weight, std::array<bool, 3> output_mask) {
+  const BackwardCall first = prepare_gradients(grad_output, input, weight, {output_mask[1], output_mask[2], false});
+  DoubleBackwardCall call;
+  static_cast<BackwardArgs&>(call.args) = first.args;
+  call.grad_output = first.grad_output;
+  call.grad_input = first.grad_input;
+  call.grad_weight = first.grad_weight;
+  call.empty = first.empty;
+  if (has(arriving.input)) call.grad_grad_input = like_input(*arriving.input, input, "grad_grad_input");
+  call.grad_grad_output = output_mask[0] ? at::empty_like(input) : first.grad_bias;
+  if (call.empty) return call;
+  if (has(arriving.input)) call.args.gg_x = input_ref(call.grad_grad_input);
+  call.args.gg_weight = vector_ref(arriving.weight, input, "grad_grad_weight");
+  call.args.gg_bias = vector_ref(arriving.bias, input, "grad_grad_bias");
+  if (output_mask[0]) call.args.grad_dy = output_ref(call.grad_grad_output);
   return call;
 }
 
@@ -203,11 +244,7 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, std::array<bool, 3> output_mask) {
   BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
-  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == 3 && saved.size(1) == call.args.shape.c &&
-                  saved.scalar_type() == statistics_options(input).dtype() && saved.device() == input.device(),
-              "saved should be batch_norm_forward's contiguous (3, ", call.args.shape.c, ") tensor, but is ",
-              saved.toString(), " of size ", saved.sizes());
-  call.args.saved = saved.const_data_ptr();
+  set_saved(&call.args, saved, input);
   return call;
 }
 
@@ -215,10 +252,24 @@ BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor&
                                         const Tensor& running_mean, const Tensor& running_var, double eps,
                                         std::array<bool, 3> output_mask) {
   BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
-  if (call.empty) return call;
-  call.args.running_mean = vector_ref(running_mean, input, "running_mean");
-  call.args.running_var = vector_ref(running_var, input, "running_var");
-  call.args.eps = eps;
+  if (!call.empty) set_running(&call.args, running_mean, running_var, eps, input);
+  return call;
+}
+
+DoubleBackwardCall prepare_double_backward(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
+                                           const OptionalTensor& weight, const Tensor& saved,
+                                           std::array<bool, 3> output_mask) {
+  DoubleBackwardCall call = prepare_second_gradients(arriving, grad_output, input, weight, output_mask);
+  set_saved(&call.args, saved, input);
+  return call;
+}
+
+DoubleBackwardCall prepare_inference_double_backward(const Arriving& arriving, const Tensor& grad_output,
+                                                     const Tensor& input, const OptionalTensor& weight,
+                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
+                                                     std::array<bool, 3> output_mask) {
+  DoubleBackwardCall call = prepare_second_gradients(arriving, grad_output, input, weight, output_mask);
+  if (!call.empty) set_running(&call.args, running_mean, running_var, eps, input);
   return call;
 }
 

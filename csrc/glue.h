@@ -34,6 +34,17 @@ struct BackwardCall {
   bool empty = false;
   Gradients gradients() const { return {grad_input, grad_weight, grad_bias}; }
 };
+struct DoubleBackwardCall {
+  DoubleBackwardArgs args;
+  Tensor grad_output, grad_grad_input;  // keep converted tensors alive
+  Tensor grad_grad_output, grad_input, grad_weight;
+  bool empty = false;
+  Gradients gradients() const { return {grad_grad_output, grad_input, grad_weight}; }
+};
+// The gradients that arrive at backward's results; each may be absent, which is zero.
+struct Arriving {
+  OptionalTensor input, weight, bias;
+};
 
 ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -48,5 +59,14 @@ BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, co
 BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                         const Tensor& running_mean, const Tensor& running_var, double eps,
                                         std::array<bool, 3> output_mask);
+
+DoubleBackwardCall prepare_double_backward(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
+                                           const OptionalTensor& weight, const Tensor& saved,
+                                           std::array<bool, 3> output_mask);
+
+DoubleBackwardCall prepare_inference_double_backward(const Arriving& arriving, const Tensor& grad_output,
+                                                     const Tensor& input, const OptionalTensor& weight,
+                                                     const Tensor& running_mean, const Tensor& running_var, double eps,
+                                                     std::array<bool, 3> output_mask);
 
 }  // namespace bn_ext

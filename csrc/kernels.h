@@ -64,6 +64,14 @@ struct BackwardArgs {
   double eps = 0;
 };
 
+// Derivatives of the gradients above: dx and grad_weight are here what flows on to the input and to the weight, and
+// grad_bias is not used.
+struct DoubleBackwardArgs : BackwardArgs {
+  TensorRef gg_x;                // what arrives at backward's dx; absent: zero
+  TensorRef grad_dy;             // what flows on to dy; absent: not wanted
+  VectorRef gg_weight, gg_bias;  // what arrives at backward's grad_weight and grad_bias; absent: zero
+};
+
 // A parallel loop lent by the glue: body(context, begin, end) over [0, tasks), at least `grain` tasks a thread.
 struct Parallel {
   int threads = 1;
@@ -76,6 +84,7 @@ struct Kernels {
   void (*forward)(const ForwardArgs&, const Parallel&);
   void (*inference)(const InferenceArgs&, const Parallel&);
   void (*backward)(const BackwardArgs&, const Parallel&);
+  void (*double_backward)(const DoubleBackwardArgs&, const Parallel&);
 };
 
 // The same body compiled once per instruction-set level; a level that this build lacks is nullptr.

@@ -7,9 +7,13 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) -> Tensor");
-  // Gradients made of differentiable operations, for derivatives of higher order.
+  // Gradients, and theirs, made of differentiable operations, for derivatives of higher order.
   m.def(
       "batch_norm_composite_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? running_mean, "
+      "Tensor? running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_composite_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor grad_output, Tensor input, Tensor? weight, Tensor? running_mean, "
       "Tensor? running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
   // The kernels of a device.
   m.def(
@@ -23,5 +27,15 @@ TORCH_LIBRARY(bn_ext, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_inference_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
+      "Tensor running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  // From the gradients that arrive at the results of a backward (none: zero), those with respect to its grad_output,
+  // input and weight.
+  m.def(
+      "batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, "
+      "Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_inference_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
       "Tensor running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }

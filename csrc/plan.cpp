@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "double_formulas.h"
 #include "layout.h"
 
 namespace bn_ext {
@@ -30,18 +31,26 @@ struct Request {
   TensorRef operand[kMaxPlanOperands];  // inputs, then the output
   int inputs;
   bool output, reduces, keeps;
+  TensorRef second;  // output, laid out as the first
+  int64_t written() const { return output + bool(second); }
 };
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-int coefficients(Pass pass) { return pass == Pass::kBackward ? 5 : 3; }
+int coefficients(Pass pass) {
+  return pass == Pass::kDoubleBackward ? kDoubleCoefficients : pass == Pass::kBackward ? 5 : 3;
+}
+
+int access_of(const Request& r) { return access_bytes(r.pass, element_bytes(r.dtype)); }
 
 // Whether every row of every operand can be taken `v` elements at a time.
 bool vectorises(const Geometry& g, const Request& r, int v) {
   const int operands = r.inputs + r.output;
+  const auto misaligned = [&](const TensorRef& t) { return reinterpret_cast<uintptr_t>(t.data) % access_of(r) != 0; };
+  if (misaligned(r.second)) return false;
   for (int k = 0; k < operands; ++k) {
     const Strides& s = g.strides[k];
-    if (reinterpret_cast<uintptr_t>(r.operand[k].data) % 16 != 0 || !g.direct(k)) return false;
+    if (misaligned(r.operand[k]) || !g.direct(k)) return false;
     const auto bad = [&](int64_t size, int64_t stride) { return size > 1 && stride % v != 0; };
     if (g.columns) {
       const int64_t outer_rows = g.by_span ? g.rows : g.outer;
@@ -57,13 +66,13 @@ bool vectorises(const Geometry& g, const Request& r, int v) {
 
 // Rows, columns and strides of the tensor; the block's shape is not settled here.
 Plan lay_out(const Request& r, bool vectorised) {
-  const int full = 16 / element_bytes(r.dtype);
+  const int full = access_of(r) / element_bytes(r.dtype);
   const int v = vectorised ? full : 1;
   // Joining rows is for whole vectors only: the threads of a block lie side by side over several rows anyway.
   const Fold fold = {1, v, static_cast<int64_t>(kThreads) * v, r.shape.count()};
   TensorRef lead_first[kMaxPlanOperands];
   const int operands = r.inputs + r.output;
-  const int lead = r.output ? r.inputs : r.inputs - 1;  // without an output, x leads
+  const int lead = r.output ? r.inputs : std::min(r.inputs - 1, 1);  // without an output, x leads
   lead_first[0] = r.operand[lead];
   for (int k = 0, at = 1; k < operands; ++k) {
     if (k != lead) lead_first[at++] = r.operand[k];
@@ -74,6 +83,8 @@ Plan lay_out(const Request& r, bool vectorised) {
   std::copy_n(in_order, operands, g.strides);
 
   Plan p;
+  p.groups = r.pass == Pass::kDoubleBackward ? 3 : 1;
+  p.coefficients = std::max(5, coefficients(r.pass));
   p.count = r.shape.count();
   p.channels = g.channels;
   if (vectorised && !vectorises(g, r, v)) return p;
@@ -149,8 +160,8 @@ Memory memory_of(const Plan& p, const Request& r, const Device& d) {
     m.fixed = coefficients(r.pass) * p.tile_channels * wide;
     return m;
   }
-  m.fixed = (scratch_partials(p) + p.tile_channels) * partial;
-  m.row = static_cast<int64_t>(kThreads) * 16 * r.inputs;
+  m.fixed = (scratch_partials(p) + int64_t{p.groups} * p.tile_channels) * partial;
+  m.row = static_cast<int64_t>(kThreads) * access_of(r) * r.inputs;
   const int64_t around = d.reserved_per_block + 128;  // the driver's, the kernel's few static bytes, rounding
   const int64_t blocks = kBlocksPerSm * (m.fixed + around) <= d.shared_per_sm ? kBlocksPerSm : 1;
   m.resident = blocks * d.sms;
@@ -187,14 +198,14 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   // A pass that writes while it sums comes back to the incomplete row alone.
   const bool one_pass = r.reduces && r.output && r.pass == Pass::kInferenceBackward;
   p->read_bytes = r.inputs * (tensor + again + (one_pass ? p->tail * bytes : 0));
-  p->write_bytes = r.output ? tensor : 0;
+  p->write_bytes = r.written() * tensor;
   p->launches = p->exchange == Exchange::kTwoLaunches ? 2 : 1;
   p->stream_output = r.output && again > 0 && tensor > kStreamedBytes;
-  const int64_t partials = p->splits * p->tile_channels;
+  const int64_t partials = p->splits * p->tile_channels * p->groups;
   p->pooled = p->exchange == Exchange::kGrid && partials > kPooledPartials;
   const int64_t wide = r.dtype == DType::kFloat64 ? 8 : 4;
   const bool through_memory = p->exchange == Exchange::kGrid || p->exchange == Exchange::kTwoLaunches;
-  p->workspace_bytes = through_memory ? 4 * wide * p->channels * (p->splits + p->pooled) : 0;
+  p->workspace_bytes = through_memory ? 4 * wide * p->groups * p->channels * (p->splits + p->pooled) : 0;
   for (Operand& o : p->operand) {
     p->step_inner = p->ty % p->inner;
     o.step = p->ty / p->inner * o.outer + p->step_inner * o.inner;
@@ -284,6 +295,14 @@ Plan plan_backward(const BackwardArgs& a, const Device& d) {
   r.operand[0] = a.dy;
   if (sums) r.operand[1] = a.x;
   if (output) r.operand[r.inputs] = a.dx;
+  return make_plan(r, d);
+}
+
+Plan plan_double_backward(const DoubleBackwardArgs& a, const Device& d) {
+  const bool output = a.grad_dy || a.dx;
+  Request r{Pass::kDoubleBackward, a.shape, a.dtype, {a.dy, a.x, a.gg_x}, 3, output, true, output};
+  if (output) r.operand[r.inputs] = a.grad_dy ? a.grad_dy : a.dx;
+  if (a.grad_dy && a.dx) r.second = a.dx;
   return make_plan(r, d);
 }
 

@@ -30,7 +30,7 @@ enum class Exchange : int {
   kTwoLaunches,  // the second launch merges what the first left in memory
 };
 
-enum class Pass : int { kForward, kInference, kBackward, kInferenceBackward };
+enum class Pass : int { kForward, kInference, kBackward, kInferenceBackward, kDoubleBackward };
 
 struct Operand {
   int64_t fast = 0, slow = 0;    // strides of the two counters of a column
@@ -39,14 +39,14 @@ struct Operand {
 };
 
 constexpr int kThreads = 256;
-constexpr int kMaxPlanOperands = 3;
+constexpr int kMaxPlanOperands = 4;
 
 struct Plan {
   Exchange exchange = Exchange::kNone;
   bool planes = false;         // neighbouring threads lie along the rows
   bool pooled = false;         // kGrid: partial results are merged once, by all blocks together, then a second barrier
   bool stream_output = false;  // the output is too large to be found in the cache later
-  int vector = 1;              // elements of one access: 16 bytes of them, or one
+  int vector = 1;              // elements of one access: access_bytes of them, or one
   int tx = 1, ty = kThreads;
   int span = 1, modulo = 1;  // column v of a tile belongs to its channel (v / span) % modulo
   int tile_channels = 1;
@@ -54,11 +54,13 @@ struct Plan {
   int column_step = 1;                                     // columns of one vector column
   int tail = 0;                                            // columns of an incomplete last row
   int kept = 0;                                            // rows of each input that a thread keeps on chip
+  int groups = 1;                                          // partial results of a channel, four numbers each
+  int coefficients = 5;                                    // of a channel, at most
   int64_t channels = 0, vectors = 0, tiles = 0, fast = 1;  // fast: size of a column's fast counter
   int64_t rows = 0, inner = 1, step_inner = 0;             // inner: size of a row's inner counter
   int64_t splits = 1, split_rows = 0;
   int64_t count = 0;                  // values of a channel
-  Operand operand[kMaxPlanOperands];  // inputs, then the output
+  Operand operand[kMaxPlanOperands];  // inputs, then, last, the output; two outputs lie alike
   int64_t shared_bytes = 0, workspace_bytes = 0;
   // The model: tensor bytes that the launch reads and writes, and launches made.
   int64_t read_bytes = 0, write_bytes = 0;
@@ -66,15 +68,21 @@ struct Plan {
   int64_t blocks() const { return tiles * splits; }
 };
 
-// Size of a block's scratch in partial results: those of its threads lie there first, its channels' coefficients, of
-// which each has five numbers at most, later.
+// Bytes of a vector access. The sums and coefficients of double backward leave registers for four elements at a time.
+constexpr int access_bytes(Pass pass, int element_bytes) {
+  return pass == Pass::kDoubleBackward && element_bytes == 2 ? 8 : 16;
+}
+
+// Size of a block's scratch in partial results: those of its threads lie there first, its channels' coefficients later.
 BN_HD int64_t scratch_partials(const Plan& p) {
-  const int64_t threads = int64_t{kThreads} * p.vector, channels = (int64_t{5} * p.tile_channels + 3) / 4;
+  const int64_t threads = int64_t{kThreads} * p.vector, channels = (int64_t{p.coefficients} * p.tile_channels + 3) / 4;
   return threads < channels ? channels : threads;
 }
 
 Plan plan_forward(const ForwardArgs& args, const Device& device);
 Plan plan_inference(const InferenceArgs& args, const Device& device);
 Plan plan_backward(const BackwardArgs& args, const Device& device);
+// Of training, with a gradient at grad_input.
+Plan plan_double_backward(const DoubleBackwardArgs& args, const Device& device);
 
 }  // namespace bn_ext

@@ -40,6 +40,15 @@ CASES = (
 )
 
 
+def second_derivatives(module: torch.nn.BatchNorm1d, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Derivatives of the gradients' squares by the gradient of the output, the input and the weight."""
+    x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
+    parameters = module.weight, module.bias
+    first = torch.autograd.grad(module(x), (x, *parameters), g, create_graph=True)
+    found = torch.autograd.grad(first, (g, x, module.weight), [f.detach() for f in first])
+    return dict(zip(("grad_grad_output", "second_grad_input", "second_grad_weight"), found, strict=True))
+
+
 def digests(device: str = "cpu") -> dict[str, str]:
     """case -> digest over output, gradients and buffers, in training and in eval mode."""
     found = {}
@@ -49,8 +58,8 @@ def digests(device: str = "cpu") -> dict[str, str]:
         stored = torch.float64 if dtype == torch.float64 else torch.float32
         module = module_for(bn_ext.FusedBatchNorm1d, shape[1], device, dtype=stored)
         for training in (True, False):
-            result = step(module.train(training), x, g)
-            for key, value in vars(result).items():
+            result = vars(step(module.train(training), x, g)) | second_derivatives(module, x, g)
+            for key, value in result.items():
                 raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
                 case = f"{shape} {layout} {name_of(dtype)} {'train' if training else 'eval'} {key}"
                 found[case] = hashlib.sha256(raw).hexdigest()[:16]

@@ -6,9 +6,11 @@ anew. The mean is kept as a pair (hi, lo), so the reference itself is good to a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Bounds that the project promises for float32, whatever the batch size (up to 4M) and mean/std (up to 1e6).
@@ -180,6 +182,88 @@ def grad_param_tolerance(ref: Reference, which: str, dtype: torch.dtype, param_d
     product = (g * ref.normalized).abs().sum(dims) + g.abs().sum(dims) * (ref.var.sqrt() * ref.invstd).clamp(max=1)
     slack = (merge_error(ref) * g.abs()).sum(dims)
     return 8 * stat_eps(dtype) * product + slack + ulp(ref.grad_weight, param_dtype)
+
+
+@dataclass(frozen=True)
+class SecondReference:
+    """Float64 derivatives of <arriving, gradients> by grad_output, input and weight, and how far each may be off."""
+
+    grad_grad_output: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor
+    tolerances: tuple[Tensor, Tensor, Tensor]
+
+
+def second_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor,
+    arriving: Sequence[Tensor | None],
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+) -> SecondReference:
+    """Second derivatives by torch's own batch norm in float64, for what arrives at the three gradients (None: zero).
+
+    With running statistics they normalise the input, else its own do.
+    """
+    training = running_mean is None
+    ref = reference(x, weight, None, grad_output, running_mean=running_mean, running_var=running_var,
+                    training=training, eps=eps)  # fmt: skip
+    leaves = [t.detach().double().clone().requires_grad_() for t in (grad_output, x, ref.weight)]
+    g, wide, w = leaves
+    bias = torch.zeros_like(w).requires_grad_()
+    stats = [None if t is None else t.detach().double() for t in (running_mean, running_var)]
+    # Centring is exact here and changes no derivative; torch's own centres by a mean of one word.
+    shift = per_channel(ref.mean.detach(), x)
+    if training:
+        out = F.batch_norm(wide - shift, None, None, w, bias, True, eps=eps)
+    else:
+        out = F.batch_norm(wide, *stats, w, bias, False, eps=eps)
+    first = torch.autograd.grad(out, (wide, w, bias), g, create_graph=True)
+    total = sum((f * a.detach().double()).sum() for f, a in zip(first, arriving, strict=True) if a is not None)
+    found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return SecondReference(*found, _second_tolerances(ref, arriving, found, x.dtype))
+
+
+def _second_tolerances(
+    ref: Reference, arriving: Sequence[Tensor | None], found: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per element, per channel for the weight. csrc/double_formulas.h's terms, each with the magnitudes that are summed
+    in it in the place of its sums, right to 8 times stat_eps (as in grad_input_tolerance) for each factor that is a
+    sum: one in grad_grad_output, two in the others. xhat counts as one more than it is: that is what an error of the
+    mean makes of it. Then the rounding to storage."""
+    assert ref.grad_output is not None
+    like, dims = ref.output, reduce_dims(ref.output)
+    zero = torch.zeros_like(like)
+    gg = zero if arriving[0] is None else arriving[0].detach().double().abs()
+    a, b = (torch.zeros_like(ref.weight) if t is None else t.detach().double().abs() for t in arriving[1:])
+    dy, xhat = ref.grad_output.abs(), ref.normalized.abs() + (ref.var.sqrt() * ref.invstd).clamp(max=1).max()
+    count, scale, s = like.numel() // like.shape[1], (ref.weight * ref.invstd).abs(), ref.invstd
+
+    def over(*factors: Tensor) -> Tensor:
+        """Mean of a product of magnitudes, which training alone takes."""
+        product = factors[0] * factors[1] if len(factors) > 1 else factors[0]
+        return product.mean(dims) if ref.training else torch.zeros_like(ref.weight)
+
+    def wide(t: Tensor) -> Tensor:
+        return per_channel(t, like)
+
+    p, q = over(dy, xhat), over(gg, xhat)
+    covariance = (gg * dy).mean(dims) + over(gg) * over(dy)
+    alpha, beta = a + scale * q, scale * p
+    delta = scale * (covariance + 3 * p * q) + a * p if ref.training else torch.zeros_like(a)
+    error = 8 * stat_eps(dtype) + merge_error(ref)
+    by_dy = (gg + wide(over(gg))) * wide(scale) + xhat * wide(alpha) + wide(b)
+    by_x = ((dy + wide(over(dy))) * wide(alpha) + (gg + wide(over(gg))) * wide(beta) + xhat * wide(delta)) * wide(s)
+    by_weight = s * count * (covariance + p * q)
+    parameter = torch.float32 if ref.weight_dtype is None else ref.weight_dtype
+    return (
+        error * by_dy + ulp(found[0], dtype),
+        2 * error * by_x + ulp(found[1], dtype),
+        2 * error.flatten() * by_weight + ulp(found[2], parameter),
+    )
 
 
 def running_tolerance(ref: Reference, which: str, dtype: torch.dtype, stat_dtype: torch.dtype) -> Tensor:

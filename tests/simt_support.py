@@ -17,6 +17,7 @@ from reference import (
     output_tolerance,
     reference,
     running_tolerance,
+    second_reference,
     stat_eps,
 )
 from simt import operators
@@ -28,7 +29,7 @@ H200: dict[str, Any] = {"device": "H200", "sms": 4}
 A100: dict[str, Any] = {"device": "A100", "sms": 4}
 T4: dict[str, Any] = {"device": "T4", "sms": 4, "cooperative": 0}
 MODELS = {"H200": H200, "A100": A100, "T4": T4}
-FORWARD, INFERENCE, BACKWARD, INFERENCE_BACKWARD = Pass
+FORWARD, INFERENCE, BACKWARD, INFERENCE_BACKWARD, DOUBLE_BACKWARD = Pass
 
 
 def ids(value: object) -> str | None:
@@ -49,7 +50,7 @@ def momentum_of(inputs: Inputs) -> float:
 
 
 def reference_of(pass_: Pass, inputs: Inputs) -> Reference:
-    updates = pass_ != Pass.BACKWARD
+    updates = pass_ not in (Pass.BACKWARD, Pass.DOUBLE_BACKWARD)
     return reference(
         inputs.x, inputs.weight, inputs.bias, inputs.grad_output if pass_.backward else None,
         running_mean=inputs.running_mean if updates else None, running_var=inputs.running_var if updates else None,
@@ -87,12 +88,15 @@ def make(
     g = LAYOUTS[layout if grad_layout is None else grad_layout](
         (normal(shape, torch.float32, mean=0.25, seed=seed + 1) + 0.25 * sign).to(dtype)
     )
+    gg = LAYOUTS[layout if grad_layout is None else grad_layout](
+        (normal(shape, torch.float32, mean=-0.5, seed=seed + 2) - 0.25 * sign).to(dtype)
+    )
     line = torch.linspace(-1, 1, shape[1], dtype=torch.float64)
     values = {"weight": 1.25 + 0.5 * line, "bias": 0.3 - line, "running_mean": 0.2 * line + mean,
-              "running_var": 1.5 + 0.4 * line}  # fmt: skip
+              "running_var": 1.5 + 0.4 * line, "gg_weight": line + 0.4, "gg_bias": 0.6 - line}  # fmt: skip
     if vectors is not None:
         options = {name: value.to(vectors) for name, value in values.items()} | options
-    return Inputs(x, g, **options)
+    return Inputs(x, g, gg_input=gg, **options)
 
 
 # Shapes of growing size by walk.
@@ -128,13 +132,16 @@ def smallest(
 def run(pass_: Pass, inputs: Inputs, **options: Any) -> Result:
     """One call, options as of operators.run; without `saved`, backward gets what an exact forward saves."""
     torch.set_num_threads(1)  # the tensors are too small for more to pay; conftest puts the number back
-    if pass_ == Pass.BACKWARD and options.get("saved") is None:
+    if pass_ in (Pass.BACKWARD, Pass.DOUBLE_BACKWARD) and options.get("saved") is None:
         options["saved"] = saved_by_exact_forward(inputs)
     return operators.run(pass_, inputs, **options)
 
 
 def assert_right(pass_: Pass, inputs: Inputs, result: Result) -> None:
     """Every tensor that the call left, within the error model of reference.py."""
+    if pass_ == Pass.DOUBLE_BACKWARD:
+        assert_second_right(inputs, result)
+        return
     ref, dtype = reference_of(pass_, inputs), inputs.x.dtype
     if result.output is not None:
         assert_within(result.output, ref.output, output_tolerance(ref, dtype), "output")
@@ -154,6 +161,17 @@ def assert_right(pass_: Pass, inputs: Inputs, result: Result) -> None:
     if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
         assert result.num_batches_tracked == inputs.num_batches_tracked + 1
     assert_gradients(result, ref, dtype)
+    assert len(result.launches) == result.plan["launches"]
+
+
+def assert_second_right(inputs: Inputs, result: Result) -> None:
+    assert inputs.grad_output is not None
+    arriving = inputs.gg_input, inputs.gg_weight, inputs.gg_bias
+    right = second_reference(inputs.x, inputs.weight, inputs.grad_output, arriving, eps=inputs.eps)
+    names = ("grad_grad_output", "grad_input", "grad_weight")
+    for name, tolerance in zip(names, right.tolerances, strict=True):
+        if (mine := getattr(result, name)) is not None:
+            assert_within(mine, getattr(right, name), tolerance, name)
     assert len(result.launches) == result.plan["launches"]
 
 

@@ -26,6 +26,7 @@ import report
 import timing
 import timing_cuda
 from grid import Point
+from support import OpLog
 
 KEYS = {
     *("device", "dtype", "shape", "layout", "mode", "contender", "median_us", "p20_us", "p80_us", "bytes", "gbps"),
@@ -53,20 +54,23 @@ def test_least_bytes_model() -> None:
     point = Point((32, 64))
     assert point.bytes == 32 * 64 * 4
     once = {"forward": 2 * 8192, "backward": 3 * 8192, "forward_backward": 5 * 8192, "eval": 2 * 8192}
+    once |= {"double_backward": 10 * 8192, "gradient_penalty": 10 * 8192}
     twice = {"forward": 3 * 8192, "backward": 5 * 8192, "forward_backward": 8 * 8192, "eval": 2 * 8192}
+    twice |= {"double_backward": 16 * 8192, "gradient_penalty": 16 * 8192}
 
     def moved(point: Point, contender: str, cache: int) -> dict[str, int]:
         return {mode: grid.least_bytes(point, mode, contender, cache) for mode in grid.MODES}
 
     for contender in ("bn_ext", "nn", "compile"):
-        assert moved(point, contender, 2 * 8192) == once
-        assert moved(point, contender, 8192) == {**twice, "forward": 2 * 8192, "forward_backward": 7 * 8192}
+        assert moved(point, contender, 3 * 8192) == once
+        some = {"forward": 2 * 8192, "forward_backward": 7 * 8192, "double_backward": 15 * 8192}
+        assert moved(point, contender, 8192) == {**twice, **some, "gradient_penalty": 15 * 8192}
         assert moved(point, contender, 8191) == twice
     assert moved(point, "copy", 0) == dict.fromkeys(grid.MODES, 2 * 8192)
     planes = Point((4, 8, 64))
-    assert moved(planes, "nn", 2048) == once, "a channel of 1 KB stays in the cache, though the tensor does not"
+    assert moved(planes, "nn", 3072) == once, "a channel of 1 KB stays in the cache, though the tensor does not"
     assert moved(planes, "nn", 1023) == twice
-    assert moved(Point((4, 8, 64), layout="nlc"), "nn", 2048) == twice
+    assert moved(Point((4, 8, 64), layout="nlc"), "nn", 3072) == twice
     assert Point((32, 64), "bfloat16").bytes == Point((32, 64)).bytes // 2
 
 
@@ -109,7 +113,7 @@ def test_result_file_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     found = measure(monkeypatch, tmp_path / "r.jsonl", "--quick", "--filter", "32x64*,128x256", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     points = grid.select(grid.QUICK, ["32x64*,128x256"])
-    assert len(points) >= 4 and len(found) == len(points) * len(grid.MODES) * 3
+    assert len(points) >= 4 and len(found) == len(points) * len(grid.DEFAULT_MODES) * 3
     for line in found:
         assert line.keys() >= KEYS
         assert 0 < line["p20_us"] <= line["median_us"] <= line["p80_us"]
@@ -147,6 +151,26 @@ def test_a_broken_compiler_is_said_once(
     message = capsys.readouterr().err
     assert message.count("torch.compile does not work here") == 1
     assert "no working compiler" in message and "second line" not in message
+
+
+def test_second_order_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They take the double backward of both; torch.compile, which has none, is left out."""
+    monkeypatch.setattr(contenders, "compiled", lambda module: pytest.fail("compiled"))
+    modes = ",".join(grid.SECOND_ORDER_MODES)
+    found = measure(monkeypatch, tmp_path / "r.jsonl", "--filter", "32x64*", "--filter", "float32", "--modes", modes)
+    assert {line["mode"] for line in found} == set(grid.SECOND_ORDER_MODES)
+    assert {line["contender"] for line in found} == {"bn_ext", "nn", "copy"}
+
+
+@pytest.mark.parametrize("mode", grid.SECOND_ORDER_MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "nlc"])
+def test_second_order_steps_are_the_kernels(mode: str, layout: str) -> None:
+    bench = contenders.Bench(Point((4, 3, 5), layout=layout), mode, torch.device("cpu"), sets=2)
+    step = bench.step("bn_ext")
+    with OpLog() as log:
+        step()
+    assert [name for name in log.names if "double_backward" in name] == ["bn_ext::batch_norm_double_backward"]
+    assert all(x.grad is None for x in bench.inputs)
 
 
 def test_compile_is_a_contender_of_the_full_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

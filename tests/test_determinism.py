@@ -125,7 +125,7 @@ def test_every_level_is_deterministic_and_follows_torch(level: str) -> None:
 def test_accuracy_core_at_every_level(level: str) -> None:
     """The files below hold the layouts, types and numbers that a wrong vector body would break."""
     skip_unless_runnable(level)
-    files = [str(HERE / f"test_{name}.py") for name in ("numerics", "layouts", "dtypes")]
+    files = [str(HERE / f"test_{name}.py") for name in ("numerics", "layouts", "dtypes", "double_backward")]
     options = ["-m", "pytest", "-q", "-x", "-m", "isa", "-k", "cpu", "-p", "no:cacheprovider", "--rootdir", str(HERE)]
     out = run_python([*options, *files], {"ATEN_CPU_CAPABILITY": level})
     assert " passed" in out and " failed" not in out

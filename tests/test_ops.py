@@ -57,10 +57,24 @@ def samples(shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str
             (g, x, None, vector(3), vector(4), 1e-5, [True, False, False]),
             (g, x, vector(1), vector(3), vector(4), 1e-5, [False, False, True]),
         ),
+        "batch_norm_double_backward": (
+            (x, vector(2), vector(3), g, x, vector(1), saved, [True, True, True]),
+            (g, None, None, g, x, None, saved, [True, True, False]),
+            (None, vector(2), None, g, x, vector(1), saved, [False, True, True]),
+            (g, None, vector(3), g, x, vector(1), saved, [True, False, False]),
+        ),
+        "batch_norm_inference_double_backward": (
+            (x, vector(2), vector(3), g, x, vector(1), vector(3), vector(4), 1e-5, [True, True, True]),
+            (g, None, None, g, x, None, vector(3), vector(4), 1e-5, [True, True, False]),
+            (None, vector(2), None, g, x, vector(1), vector(3), vector(4), 1e-5, [False, True, True]),
+        ),
     }
 
 
-OPERATORS = ("batch_norm_forward", "batch_norm_inference", "batch_norm_backward", "batch_norm_inference_backward")
+OPERATORS = (
+    *("batch_norm_forward", "batch_norm_inference", "batch_norm_backward", "batch_norm_inference_backward"),
+    *("batch_norm_double_backward", "batch_norm_inference_double_backward"),
+)
 
 
 def clone_arguments(arguments: tuple) -> tuple:

@@ -17,6 +17,7 @@ from simt.operators import DTYPES, Pass, broken
 from simt_support import (
     A100,
     BACKWARD,
+    DOUBLE_BACKWARD,
     FORWARD,
     H200,
     INFERENCE,
@@ -32,7 +33,7 @@ from simt_support import (
 )
 from support import LAYOUTS, name_of
 
-REDUCING = (FORWARD, BACKWARD, INFERENCE_BACKWARD)
+REDUCING = (FORWARD, BACKWARD, INFERENCE_BACKWARD, DOUBLE_BACKWARD)
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
@@ -80,7 +81,7 @@ def test_regime_of_other_types(pass_: Pass, regime: tuple[str, str], dtype: torc
 
 @pytest.mark.parametrize("room", ["nothing_kept", "some_kept", "all_kept"])
 @pytest.mark.parametrize("walk", WALKS)
-@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD], ids=ids)
+@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, DOUBLE_BACKWARD], ids=ids)
 def test_rows_kept_on_chip(pass_: Pass, walk: str, room: str) -> None:
     """Shared memory for none of the rows, for some, for all."""
     inputs = make(WALKS[walk](1400))
@@ -183,11 +184,12 @@ def test_momentum_and_counter(momentum: float | None, batches: int | None, model
 
 @models
 @pytest.mark.parametrize("wants", [w for w in itertools.product((True, False), repeat=3) if any(w)], ids=str)
-@pytest.mark.parametrize("pass_", [BACKWARD, INFERENCE_BACKWARD], ids=ids)
+@pytest.mark.parametrize("pass_", [BACKWARD, INFERENCE_BACKWARD, DOUBLE_BACKWARD], ids=ids)
 def test_only_some_gradients(pass_: Pass, wants: tuple[bool, bool, bool], model: dict[str, Any]) -> None:
     for shape in ((600, 68), (5, 3, 701)):
         result = check(pass_, make(shape, wants=wants), **model)
-        found = [g is not None for g in (result.grad_input, result.grad_weight, result.grad_bias)]
+        last = result.grad_grad_output if pass_ == DOUBLE_BACKWARD else result.grad_bias
+        found = [g is not None for g in (result.grad_input, result.grad_weight, last)]
         assert found == list(wants)
 
 

@@ -15,6 +15,7 @@ import torch
 from simt.operators import DTYPES, EXCHANGES, Inputs, Pass, Result, exchange_of, library, plan_of, walk_of
 from simt_support import (
     BACKWARD,
+    DOUBLE_BACKWARD,
     FORWARD,
     H200,
     INFERENCE_BACKWARD,
@@ -28,7 +29,7 @@ from simt_support import (
 )
 
 PRESETS = ("T4", "A100", "RTX 3090", "RTX 4090", "H100", "H200", "B200", "RTX 5090")
-TENSORS = ("x", "y", "dy", "dx")
+TENSORS = ("x", "y", "dy", "dx", "gg_x", "grad_dy")
 # Shapes that benchmarks are run on, from a few kilobytes to a gigabyte.
 FULL_SIZE = (
     (32, 64), (256, 256), (1024, 1024), (8192, 512), (65536, 256), (262144, 1024), (8, 65536), (2, 65536),
@@ -49,11 +50,7 @@ def moved(result: Result, verb: str) -> int:
 
 
 def sources(pass_: Pass) -> tuple[str, ...]:
-    return ("x", "dy") if pass_.backward else ("x",)
-
-
-def output_of(pass_: Pass) -> str:
-    return "dx" if pass_.backward else "y"
+    return pass_.inputs
 
 
 def assert_as_planned(pass_: Pass, inputs: Inputs, result: Result) -> None:
@@ -63,10 +60,10 @@ def assert_as_planned(pass_: Pass, inputs: Inputs, result: Result) -> None:
     assert len(result.launches) == plan["launches"]
     for name in sources(pass_):
         assert result.counted(name, "write_bytes") == 0
-    if plan["write_bytes"] > 0:
-        assert result.counted(output_of(pass_), "read_bytes") == 0
-        assert result.counted(output_of(pass_), "write_bytes") == inputs.x.nbytes
-        times = [launch["buffers"].get(output_of(pass_), {}).get("writes_of_a_byte") for launch in result.launches]
+    for output in pass_.outputs(inputs.wants):
+        assert result.counted(output, "read_bytes") == 0
+        assert result.counted(output, "write_bytes") == inputs.x.nbytes
+        times = [launch["buffers"].get(output, {}).get("writes_of_a_byte") for launch in result.launches]
         assert [t for t in times if t is not None] == [[1, 1]]
     # Each partial result is stored once, and so is each pooled one. Blocks of a tile all read the partial results of
     # all, and each of up to 32 lanes the first one too.
@@ -80,7 +77,7 @@ def assert_as_planned(pass_: Pass, inputs: Inputs, result: Result) -> None:
 
 @pytest.mark.parametrize("exchange", [*(e for e in EXCHANGES if e != "two_launches"), "grid_pooled"])
 @pytest.mark.parametrize("walk", WALKS)
-@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD], ids=ids)
+@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, DOUBLE_BACKWARD], ids=ids)
 def test_inputs_that_fit_on_chip_are_read_once(pass_: Pass, walk: str, exchange: str) -> None:
     shape, options = smallest(pass_, walk, exchange)
     if walk == "folded":
@@ -107,14 +104,14 @@ def test_exactly_the_planned_bytes(pass_: Pass, layout: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("wants", [(True, False, False), (False, True, True), (False, True, False)], ids=str)
-@pytest.mark.parametrize("pass_", [BACKWARD, INFERENCE_BACKWARD], ids=ids)
+@pytest.mark.parametrize("pass_", [BACKWARD, INFERENCE_BACKWARD, DOUBLE_BACKWARD], ids=ids)
 def test_what_is_not_wanted_is_not_moved(pass_: Pass, wants: tuple[bool, bool, bool]) -> None:
     inputs = make((700, 72), wants=wants)
     result = run(pass_, inputs, **H200)
     assert_as_planned(pass_, inputs, result)
-    assert result.plan["write_bytes"] == (inputs.x.nbytes if wants[0] else 0)
-    reads_x = pass_ == BACKWARD or wants[1] or wants[2]
-    assert result.plan["read_bytes"] == inputs.x.nbytes * (1 + reads_x)
+    assert result.plan["write_bytes"] == inputs.x.nbytes * len(pass_.outputs(wants))
+    reads_x = pass_.training or wants[1] or wants[2]
+    assert result.plan["read_bytes"] == inputs.x.nbytes * (len(pass_.inputs) - 1 + reads_x)
 
 
 @pytest.mark.parametrize("shape", [(320, 128), (1024, 256), (24, 16, 256), (512, 16, 8)], ids=str)
@@ -123,8 +120,8 @@ def test_what_is_not_wanted_is_not_moved(pass_: Pass, wants: tuple[bool, bool, b
 def test_vector_paths_touch_no_sector_in_vain(pass_: Pass, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Rows of a tile that are whole sectors: an access of a warp takes no more 32-byte sectors than its bytes fill."""
     result = run(pass_, make(shape, dtype), **H200, align=512)
-    assert result.plan["vector"] == 16 // dtype.itemsize
-    for name, verb in (*((s, "read") for s in sources(pass_)), (output_of(pass_), "write")):
+    assert result.plan["vector"] == (8 if pass_ == DOUBLE_BACKWARD and dtype.itemsize == 2 else 16) // dtype.itemsize
+    for name, verb in (*((s, "read") for s in sources(pass_)), *((o, "write") for o in pass_.outputs())):
         assert result.counted(name, f"{verb}_bytes") > 0
         assert result.counted(name, f"{verb}_sectors") == result.counted(name, f"{verb}_ideal_sectors"), name
 
@@ -137,7 +134,7 @@ def test_other_widths_cost_a_sector_at_each_end(pass_: Pass, shape: tuple[int, .
     plan = result.plan
     runs = 1 if plan["planes"] else 32 // plan["tx"] + 2
     runs = 1 if plan["tiles"] == 1 else runs
-    for name, verb in (*((s, "read") for s in sources(pass_)), (output_of(pass_), "write")):
+    for name, verb in (*((s, "read") for s in sources(pass_)), *((o, "write") for o in pass_.outputs())):
         ideal, accesses = (result.counted(name, f"{verb}_{what}") for what in ("ideal_sectors", "accesses"))
         assert ideal <= result.counted(name, f"{verb}_sectors") <= ideal + 2 * runs * accesses, name
 

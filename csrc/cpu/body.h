@@ -13,9 +13,11 @@ namespace {
 #include "cpu/gradient_float.h"
 #include "cpu/grad_input.h"
 #include "cpu/drivers.h"
+#include "cpu/double_backward.h"
+#include "cpu/entries.h"
 // clang-format on
 
-const Kernels kKernels = {forward, inference, backward};
+const Kernels kKernels = {forward, inference, backward, double_backward};
 }  // namespace
 }  // namespace cpu
 }  // namespace bn_ext

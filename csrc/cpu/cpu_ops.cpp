@@ -93,11 +93,41 @@ Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor&
       prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
 }
 
+Gradients run_double_backward(const DoubleBackwardCall& call) {
+  if (!call.empty) {
+    if (call.args.grad_dy) advise(call.grad_grad_output);
+    if (call.args.dx) advise(call.grad_input);
+    level().kernels->double_backward(call.args, parallel());
+  }
+  return call.gradients();
+}
+
+Gradients batch_norm_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+                                     const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                     const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
+                                     std::array<bool, 3> output_mask) {
+  return run_double_backward(prepare_double_backward({grad_grad_input, grad_grad_weight, grad_grad_bias}, grad_output,
+                                                     input, weight, saved, output_mask));
+}
+
+Gradients batch_norm_inference_double_backward(const OptionalTensor& grad_grad_input,
+                                               const OptionalTensor& grad_grad_weight,
+                                               const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                               const Tensor& input, const OptionalTensor& weight,
+                                               const Tensor& running_mean, const Tensor& running_var, double eps,
+                                               std::array<bool, 3> output_mask) {
+  return run_double_backward(prepare_inference_double_backward({grad_grad_input, grad_grad_weight, grad_grad_bias},
+                                                               grad_output, input, weight, running_mean, running_var,
+                                                               eps, output_mask));
+}
+
 TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
   m.impl("batch_norm_forward", batch_norm_forward);
   m.impl("batch_norm_inference", batch_norm_inference);
   m.impl("batch_norm_backward", batch_norm_backward);
   m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
+  m.impl("batch_norm_double_backward", batch_norm_double_backward);
+  m.impl("batch_norm_inference_double_backward", batch_norm_inference_double_backward);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The stages put together: statistics -> per-channel coefficients -> element-wise pass. Included inside the level's
-// namespace, last. Every path gives the same bits: which one runs depends on the number of threads, the results do not.
+// namespace. Every path gives the same bits: which one runs depends on the number of threads, the results do not.
 
 // Data of a core that stays in its share of the caches between two sweeps, and of a tensor that does so as a whole.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kCachedTensor = int64_t(8) << 20;
@@ -153,8 +153,8 @@ inline void load_state(const BackwardArgs& a, const ChannelState<T>& s, int64_t 
 
 // Summed chunks of channel c -> parameter gradients and, in training, the coefficients of dx.
 template <class T>
-inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const ChannelState<T>& s, int64_t c,
-                            const GradCoefficients<T>& out) {
+inline void finish_gradient(const BackwardArgs& a, const ChunkSums<2>& sums, const ChannelState<T>& s, int64_t c,
+                            const CoefficientsOf<GradInput<T>>& out) {
   const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
   if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
   if (a.grad_bias) store_element(a.grad_bias, c, sum_dy);
@@ -188,65 +188,40 @@ inline void scale_gradient(const BackwardArgs& a, const ChannelState<T>& s, Scal
   }
 }
 
+// The state of all channels, in (kStateDoubles * channels) doubles.
+constexpr int64_t kStateDoubles = 5;
+template <class T>
+inline ChannelState<T> state_in(const BackwardArgs& a, double* memory, int64_t channels) {
+  double *rest = memory + 2 * channels, *invstd = rest + channels;
+  Scalar<T>* shift = reinterpret_cast<Scalar<T>*>(invstd + channels);
+  const ChannelState<T> state{{{memory, channels}, {shift, channels}, rest}, rest, invstd};
+  for (int64_t c = 0; c < channels; ++c) load_state<T>(a, state, c);
+  return state;
+}
+
 template <class T>
 inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
   const Geometry g = make_geometry(a.shape, operands, 3);
   const int64_t chunks = g.chunks(), channels = g.channels;
-  const Scratch scratch((chunks * 2 + 5 + 5) * channels);
-  const GradSums sums{scratch.data(), channels};
+  const Scratch scratch((chunks * 2 + kStateDoubles + 5) * channels);
+  const ChunkSums<2> sums{scratch.data(), channels};
   double* of_channels = scratch.data() + chunks * 2 * channels;
-  double *rest = of_channels + 2 * channels, *invstd = rest + channels;
-  Scalar<T>* shift = reinterpret_cast<Scalar<T>*>(invstd + channels);
-  const ChannelState<T> state{{{of_channels, channels}, {shift, channels}, rest}, rest, invstd};
-  const GradCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + 5 * channels), channels};
-  for (int64_t c = 0; c < channels; ++c) load_state<T>(a, state, c);
+  const ChannelState<T> state = state_in<T>(a, of_channels, channels);
+  const CoefficientsOf<GradInput<T>> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels),
+                                                  channels};
   if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
   if (!a.saved && !a.grad_weight && !a.grad_bias) return;
 
-  const Reader<T> dy(g, 1, a.dy.data), x(g, 2, a.x.data);
+  const Readers<T, 2> in{{{g, 1, a.dy.data}, {g, 2, a.x.data}}};
   T* dx = a.saved ? static_cast<T*>(a.dx.data) : nullptr;
   const int64_t together = channels_together(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
-    if (g.columns) {
-      reduce_columns(g, dy, x, state.centres, sums, p);
-    } else {
-      reduce_planes(g, dy, x, state.centres, sums, c0, c1, p);
-    }
+    reduce_gradients<T, 2>(g, in, state.centres, sums, c0, c1, p);
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       sum_chunks(g, sums, b, e);
       for (int64_t c = b; c < e; ++c) finish_gradient<T>(a, sums, state, c, coefficients);
     });
-    if (!dx) return;
-    if (g.columns) {
-      grad_input_columns(g, dy, x, dx, coefficients, p);
-    } else {
-      grad_input_planes(g, dy, x, dx, coefficients, c0, c1, p);
-    }
+    if (dx) apply_gradients<GradInput<T>>(g, in, {dx}, coefficients, c0, c1, Order::kReverse, p);
   });
-}
-
-// call(T()) for the element type of `dtype`.
-template <class Call>
-inline void for_type(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return call(double());
-    case DType::kBFloat16:
-      return call(bfloat16());
-    case DType::kFloat16:
-      return call(float16());
-    default:
-      return call(float());
-  }
-}
-
-void forward(const ForwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { forward_typed<decltype(t)>(a, par); });
-}
-void inference(const InferenceArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { inference_typed<decltype(t)>(a, par); });
-}
-void backward(const BackwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { backward_typed<decltype(t)>(a, par); });
 }

@@ -1,90 +1,178 @@
-// dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale over rows and runs. Included inside the level's
-// namespace. The five coefficients of formulas.h: mean_hi, dy_hi, scale, slope, offset.
+// What backward and its derivatives make of their inputs position by position, over rows and runs. Included inside the
+// level's namespace.
 
+// dx = ((dy - dy_hi) - (x - mean_hi) * slope + offset) * scale, of dy and x. The five coefficients of formulas.h:
+// mean_hi, dy_hi, scale, slope, offset.
 template <class T>
-using GradCoefficients = Coefficients<Scalar<T>, 5>;
+struct GradInput {
+  using Element = T;
+  static constexpr int kInputs = 2, kOutputs = 1, kCoefficients = 5;
+  static void apply(const VecC<T>* in, const VecC<T>* c, VecC<T>* out) {
+    out[0] = (((in[0] - c[1]) + c[4]) - (in[1] - c[0]) * c[3]) * c[2];
+  }
+};
 
+// The gradients of double_formulas.h with respect to dy and to x, of dy, x and gg.
 template <class T>
-inline VecC<T> grad_input(VecC<T> dy, VecC<T> centred, const VecC<T>* c) {
-  return (((dy - c[1]) + c[4]) - centred * c[3]) * c[2];
+struct DoubleGradInput {
+  using Element = T;
+  static constexpr int kInputs = 3, kOutputs = 2, kCoefficients = kDoubleCoefficients;
+  static void apply(const VecC<T>* in, const VecC<T>* c, VecC<T>* out) { double_gradients(in, c, out); }
+};
+
+// The tensors of a pass. Outputs lie like the lead operand; of several each may be absent (null).
+template <class Op>
+using ReadersOf = Readers<typename Op::Element, Op::kInputs>;
+template <class Op>
+using Outputs = std::array<typename Op::Element*, Op::kOutputs>;
+template <class Op>
+using CoefficientsOf = Coefficients<Scalar<typename Op::Element>, Op::kCoefficients>;
+
+template <size_t kOutputs, class T>
+inline bool wanted(const T* output) {
+  return kOutputs == 1 || output != nullptr;
+}
+// The outputs from where at(base) says that a row or a run of one begins.
+template <class T, size_t kOutputs, class At>
+inline std::array<T*, kOutputs> outputs_at(const std::array<T*, kOutputs>& bases, const At& at) {
+  std::array<T*, kOutputs> out;
+  for (size_t i = 0; i < kOutputs; ++i) out[i] = wanted<kOutputs>(bases[i]) ? at(bases[i]) : nullptr;
+  return out;
+}
+// for_streamed over outputs that lie alike: body(streamed, i, count, outputs from i on).
+template <class T, size_t kOutputs, class Body>
+inline void for_outputs(bool stream, bool whole, const std::array<T*, kOutputs>& out, int64_t n, const Body& body) {
+  const auto off = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (kPack<T> * sizeof(T)); };
+  const T* first = out[0];
+  for (T* p : out) {
+    if (!wanted<kOutputs>(p)) continue;
+    if (!wanted<kOutputs>(first)) first = p;
+    stream = stream && off(p) == off(first);
+  }
+  for_streamed(stream, whole, first, n, [&](auto streamed, int64_t i, int64_t count) {
+    body(streamed, i, count, outputs_at(out, [&](T* p) { return p + i; }));
+  });
 }
 
-template <class T, bool kStream>
-inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, const Scalar<T>* const* c, int64_t c0) {
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
-  for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    T buffer_dy[kN], buffer_x[kN];
-    VecC<T> vdy[kVectors], vx[kVectors];
-    load_pack(tail ? padded<kN>(dy + v, n - v, T(), buffer_dy) : dy + v, vdy);
-    load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer_x) : x + v, vx);
-    for (int u = 0; u < kVectors; ++u) {
-      VecC<T> k[5];
-      for (int i = 0; i < 5; ++i) k[i] = load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
-      vdy[u] = grad_input<T>(vdy[u], vx[u] - k[0], k);
+// One step of a row or a run: `in` at its elements, `left` of which there are where it is a tail.
+template <class Op, bool kStream, class Tail, class CoefficientAt>
+inline __attribute__((always_inline)) void apply_step(const typename Op::Element* const* in, const Outputs<Op>& out,
+                                                      int64_t at, int64_t left, Tail tail,
+                                                      const CoefficientAt& coefficient) {
+  using T = typename Op::Element;
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kInputs = Op::kInputs, kOutputs = Op::kOutputs;
+  T buffer[kN];
+  VecC<T> loaded[kInputs][kVectors], made[kOutputs][kVectors];
+  for (int k = 0; k < kInputs; ++k) load_pack(tail ? padded<kN>(in[k] + at, left, T(), buffer) : in[k] + at, loaded[k]);
+  for (int u = 0; u < kVectors; ++u) {
+    VecC<T> of[kInputs], c[Op::kCoefficients], result[kOutputs];
+    for (int k = 0; k < kInputs; ++k) of[k] = loaded[k][u];
+    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = coefficient(i, u);
+    Op::apply(of, c, result);
+    for (int o = 0; o < kOutputs; ++o) made[o][u] = result[o];
+  }
+  for (int o = 0; o < kOutputs; ++o) {
+    if (!wanted<kOutputs>(out[o])) continue;
+    if (kStream && !tail) {
+      stream_pack(out[o] + at, made[o]);
+      continue;
     }
-    if (kStream && !tail) return stream_pack(dx + v, vdy);
-    store_pack(tail ? buffer_dy : dx + v, vdy);
-    if (tail) std::copy(buffer_dy, buffer_dy + (n - v), dx + v);
+    store_pack(tail ? buffer : out[o] + at, made[o]);
+    if (tail) std::copy(buffer, buffer + left, out[o] + at);
+  }
+}
+
+// Columns from c0 on of a row of coefficients.
+template <class Op, bool kStream>
+inline void apply_row(const typename Op::Element* const* in, const Outputs<Op>& out, int64_t n,
+                      const Scalar<typename Op::Element>* const* c, int64_t c0) {
+  using T = typename Op::Element;
+  for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    apply_step<Op, kStream>(in, out, v, n - v, tail, [&](int i, int u) __attribute__((always_inline)) {
+      return load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
+    });
   });
 }
 
-template <class T, bool kStream>
-inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
-  VecC<T> k[5];
-  for (int i = 0; i < 5; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
-  for_run<kN>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
-    T buffer_dy[kN], buffer_x[kN];
-    VecC<T> vdy[kVectors], vx[kVectors];
-    load_pack(tail ? padded<kN>(dy + i, n - i, T(), buffer_dy) : dy + i, vdy);
-    load_pack(tail ? padded<kN>(x + i, n - i, T(), buffer_x) : x + i, vx);
-    for (int u = 0; u < kVectors; ++u) vdy[u] = grad_input<T>(vdy[u], vx[u] - k[0], k);
-    if (kStream && !tail) return stream_pack(dx + i, vdy);
-    store_pack(tail ? buffer_dy : dx + i, vdy);
-    if (tail) std::copy(buffer_dy, buffer_dy + (n - i), dx + i);
+template <class Op, bool kStream>
+inline void apply_run(const typename Op::Element* const* in, const Outputs<Op>& out, int64_t n,
+                      const CoefficientsOf<Op>& c, int64_t channel) {
+  using T = typename Op::Element;
+  VecC<T> k[Op::kCoefficients];
+  for (int i = 0; i < Op::kCoefficients; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
+  for_run<kPack<T>>(n, [&](int64_t j, auto tail, int) __attribute__((always_inline)) {
+    apply_step<Op, kStream>(in, out, j, n - j, tail, [&](int i, int) __attribute__((always_inline)) { return k[i]; });
   });
 }
 
-template <class T>
-inline void grad_input_task(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx, const ColumnTask& t,
-                            const Scalar<T>* const* c, bool stream) {
-  T buffer_dy[kBlockColumns], buffer_x[kBlockColumns];
-  for_row_pairs<1>(dy, x, t.r0, t.r1, t.v0, t.n, buffer_dy, buffer_x,
-                   [&](auto, int64_t r, const T* const* in_dy, const T* const* in_x) {
-                     T* out = lead_row(g, dx, r, t.v0);
-                     for_streamed(stream, kPackVectors<T> > 1, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
-                       constexpr bool kStream = decltype(streamed)::value;
-                       grad_input_row<T, kStream>(in_dy[0] + v, in_x[0] + v, out + v, n, c, v);
-                     });
-                   });
+template <class Op>
+inline void apply_task(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs, const ColumnTask& t,
+                       const Scalar<typename Op::Element>* const* c, bool stream) {
+  using T = typename Op::Element;
+  constexpr int kInputs = Op::kInputs;
+  T buffer[kInputs][kBlockColumns];
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    const T* from[kInputs];
+    for (int k = 0; k < kInputs; ++k) {
+      in[k].fetch_ahead(r, t.v0, t.n);
+      from[k] = in[k].row(r, t.v0, t.n, buffer[k]);
+    }
+    const auto row = outputs_at(outputs, [&](T* base) { return lead_row(g, base, r, t.v0); });
+    for_outputs(stream, kPackVectors<T> > 1, row, t.n, [&](auto streamed, int64_t v, int64_t n, const auto& out) {
+      const T* at[kInputs];
+      for (int k = 0; k < kInputs; ++k) at[k] = from[k] + v;
+      apply_row<Op, decltype(streamed)::value>(at, out, n, c, v);
+    });
+  }
 }
 
-template <class T>
-inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
-                               const GradCoefficients<T>& coefficients, const Parallel& par) {
+template <class Op>
+inline void apply_columns(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+                          const CoefficientsOf<Op>& coefficients, Order order, const Parallel& par) {
+  using T = typename Op::Element;
+  using A = Scalar<T>;
+  // Spelt out here: GCC 12 fails on an aligned array of this size in the lambda.
+  struct alignas(64) Rows {
+    A of[Op::kCoefficients * kBlockColumns];
+  };
   const bool stream = streams_output(g, sizeof(T));
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
-    alignas(64) Scalar<T> expanded[5 * kBlockColumns];
-    const Scalar<T>* c[5];
-    for_tasks(Order::kReverse, begin, end, [&](int64_t task) {
+    Rows expanded;
+    const A* c[Op::kCoefficients];
+    for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
-      coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
-      grad_input_task(g, dy, x, dx, t, c, stream);
+      coefficients.template expand_packs<T>(g, t.v0, t.n, expanded.of, c);
+      apply_task<Op>(g, in, outputs, t, c, stream);
     });
     stream_fence();
   });
 }
 
-template <class T>
-inline void grad_input_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
-                              const GradCoefficients<T>& coefficients, int64_t c0, int64_t c1, const Parallel& par) {
-  const bool direct = dy.direct() && x.direct(), stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, direct, Order::kReverse, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
-    T buffer_dy[kGather], buffer_x[kGather];
-    const T *in_dy = dy.run(o, c, i0, n, buffer_dy), *in_x = x.run(o, c, i0, n, buffer_x);
-    T* out = lead_run(g, dx, o, c, i0);
-    for_streamed(stream, false, out, n, [&](auto streamed, int64_t i, int64_t count) {
-      grad_input_run<T, decltype(streamed)::value>(in_dy + i, in_x + i, out + i, count, coefficients, c);
+template <class Op>
+inline void apply_planes(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+                         const CoefficientsOf<Op>& coefficients, int64_t c0, int64_t c1, Order order,
+                         const Parallel& par) {
+  using T = typename Op::Element;
+  constexpr int kInputs = Op::kInputs;
+  const bool direct = all_direct(in), stream = streams_output(g, sizeof(T));
+  for_planes(g, c0, c1, direct, order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+    T buffer[kInputs][kGather];
+    const T* from[kInputs];
+    for (int k = 0; k < kInputs; ++k) from[k] = in[k].run(o, c, i0, n, buffer[k]);
+    const auto run = outputs_at(outputs, [&](T* base) { return lead_run(g, base, o, c, i0); });
+    for_outputs(stream, false, run, n, [&](auto streamed, int64_t i, int64_t count, const auto& out) {
+      const T* at[kInputs];
+      for (int k = 0; k < kInputs; ++k) at[k] = from[k] + i;
+      apply_run<Op, decltype(streamed)::value>(at, out, count, coefficients, c);
     });
   });
+}
+
+// Channels [c0, c1), in either layout.
+template <class Op>
+inline void apply_gradients(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+                            const CoefficientsOf<Op>& coefficients, int64_t c0, int64_t c1, Order order,
+                            const Parallel& par) {
+  if (g.columns) return apply_columns<Op>(g, in, outputs, coefficients, order, par);
+  apply_planes<Op>(g, in, outputs, coefficients, c0, c1, order, par);
 }

@@ -1,5 +1,5 @@
-// Backward's reductions in float arithmetic, flushed to double every kFlush values: half the work of gradient.h, for
-// float32 and 16-bit tensors. Included inside the level's namespace.
+// The reductions of gradient.h in float arithmetic, flushed to double every kFlush values: half the work, for float32
+// and 16-bit tensors. Included inside the level's namespace.
 //
 // x is centred by formulas.h's coarse shift; what the shift leaves of the mean is taken off the sum in double. A chunk
 // whose sums left float's range is done again in double, channel by channel.
@@ -12,141 +12,170 @@ struct Centres {
   const double* rest;
 };
 
+// Sums of products with x - shift, each behind the sum without it, become those with x - mean.
+template <int kCount>
+inline void recentre(double rest, double* sums) {
+  for (int i = 1; i < kCount; i += 2) sums[i] -= rest * sums[i - 1];
+}
+
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kRows>
-inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x, int64_t n, const float* shift,
-                                           float* sum, float* dot) {
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
+template <class T, int kInputs, int kRows>
+inline void accumulate_gradient_rows_float(const T* const (&rows)[kInputs][kRows], int64_t n, const float* shift,
+                                           float (*sum)[kBlockColumns]) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kCount = kSums<kInputs>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    VecF k[kVectors], s[kVectors] = {}, d[kVectors] = {};
-    for (int u = 0; u < kVectors; ++u) k[u] = load_raw<VecF>(shift + v + u * kLanesF);
+    VecF shifts[kVectors], total[kCount][kVectors] = {};
+    for (int u = 0; u < kVectors; ++u) shifts[u] = load_raw<VecF>(shift + v + u * kLanesF);
     const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
       T buffer[kN];
       load_pack(tail ? padded<kN>(from + v, n - v, T(), buffer) : from + v, to);
     };
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
-      VecF vdy[kVectors], vx[kVectors], more_dy[kVectors], more_x[kVectors];
-      load(dy[j], vdy);
-      load(x[j], vx);
-      if (two) load(dy[j + 1], more_dy), load(x[j + 1], more_x);
+      VecF in[kInputs][kVectors], more[kInputs][kVectors];
+      for (int k = 0; k < kInputs; ++k) load(rows[k][j], in[k]);
+      for (int k = 0; two && k < kInputs; ++k) load(rows[k][j + 1], more[k]);
       for (int u = 0; u < kVectors; ++u) {
-        VecF product = vdy[u] * (vx[u] - k[u]), sum_dy = vdy[u];
-        if (two) product += more_dy[u] * (more_x[u] - k[u]), sum_dy += more_dy[u];
-        s[u] = j == 0 ? sum_dy : s[u] + sum_dy;
-        d[u] = j == 0 ? product : d[u] + product;
+        VecF at[kInputs], term[kCount];
+        for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][u] - shifts[u] : in[k][u];
+        gradient_terms<kInputs>(at, term);
+        if (two) {
+          VecF next[kCount];
+          for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? more[k][u] - shifts[u] : more[k][u];
+          gradient_terms<kInputs>(at, next);
+          for (int i = 0; i < kCount; ++i) term[i] += next[i];
+        }
+        for (int i = 0; i < kCount; ++i) total[i][u] = j == 0 ? term[i] : total[i][u] + term[i];
       }
     }
     for (int u = 0; u < kVectors; ++u) {
-      float *to_sum = sum + v + u * kLanesF, *to_dot = dot + v + u * kLanesF;
-      store_raw(to_sum, load_raw<VecF>(to_sum) + s[u]);
-      store_raw(to_dot, load_raw<VecF>(to_dot) + d[u]);
+      for (int i = 0; i < kCount; ++i) {
+        float* to = sum[i] + v + u * kLanesF;
+        store_raw(to, load_raw<VecF>(to) + total[i][u]);
+      }
     }
   });
 }
 
-template <class T>
-inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
-                                   const Centres<T>& centres, const GradSums& sums) {
-  alignas(64) float shift[kBlockColumns], f1[kBlockColumns], f2[kBlockColumns];
-  alignas(64) double sum[kBlockColumns], dot[kBlockColumns], in_order[kBlockColumns];
-  T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
+template <class T, int kInputs>
+inline void gradient_columns_float(const Geometry& g, const Readers<T, kInputs>& in, const ColumnTask& t,
+                                   const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
+  constexpr int kCount = kSums<kInputs>;
+  alignas(64) float shift[kBlockColumns], part[kCount][kBlockColumns];
+  alignas(64) double sum[kCount][kBlockColumns], in_order[kBlockColumns];
+  RowBuffer<T, kInputs> buffer;
   const int64_t size = packed_size<T>(t.n);
-  for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
-  for (double* s : {sum, dot}) std::fill(s, s + size, 0.0);
+  for (float* f : part) std::fill(f, f + size, 0.0f);
+  for (double* s : sum) std::fill(s, s + size, 0.0);
   const float* k[1];
   centres.shift.template expand_packs<T>(g, t.v0, t.n, shift, k);
   const bool stream = streams(g, sizeof(T));
   const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
   for (int64_t r = t.r0; r < t.r1; r += batch) {
-    for_gradient_rows(g, dy, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
-                      [&](auto count, int64_t, const T* const* rows_dy, const T* const* rows_x) {
-                        constexpr int kRows = decltype(count)::value;
-                        accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], f1, f2);
-                      });
-    flush_columns(size, f1, sum);
-    flush_columns(size, f2, dot);
+    for_gradient_rows<T, kInputs>(g, in, t, r, std::min(r + batch, t.r1), buffer,
+                                  [&](const auto& rows) { accumulate_gradient_rows_float(rows, t.n, k[0], part); });
+    for (int i = 0; i < kCount; ++i) flush_columns(size, part[i], sum[i]);
   }
   if constexpr (kPackVectors<T> > 1) {
-    for (double* s : {sum, dot}) {
+    for (double* s : sum) {
       from_packs<T>(s, t.n, in_order);
       std::copy(in_order, in_order + t.n, s);
     }
   }
   bool unsafe[kBlockColumns];
-  const auto correct = [&](int64_t c, double s, double d) { return d - centres.rest[c] * s; };
-  const bool any = store_gradient_columns(g, t, sum, dot, sums, nullptr, unsafe, correct);
-  if (any) gradient_columns_double(g, dy, x, t, centres.means, sums, unsafe);
+  const auto correct = [&](int64_t c, double* s) { recentre<kCount>(centres.rest[c], s); };
+  const bool any = store_gradient_columns(g, t, sum, sums, nullptr, unsafe, correct);
+  if (any) gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums, unsafe);
 }
 
-template <class T>
-inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, float shift, FloatRunSums* sums) {
-  constexpr int kN = 2 * kLanesF;
-  const VecF k = VecF{} + shift;
-  VecF a[4] = {}, b[4] = {};
+template <class T, int kInputs>
+inline void accumulate_gradient_run_float(const T* const* from, int64_t n, float shift,
+                                          FloatRunSums<kSums<kInputs>>* sums) {
+  constexpr int kN = 2 * kLanesF, kCount = kSums<kInputs>, kW = kWays<kInputs>;
+  const VecF mean = VecF{} + shift;
+  VecF acc[kCount][kW] = {};
   for_run<kN>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-    T tail_x[kN], tail_dy[kN];
-    const T* px = tail ? padded<kN>(x + i, n - i, T(), tail_x) : x + i;
-    const T* pdy = tail ? padded<kN>(dy + i, n - i, T(), tail_dy) : dy + i;
-    VecF vx[2], vdy[2];
-    for (int w = 0; w < 2; w += kPackVectors<T>) {
-      load_pack(px + w * kLanesF, vx + w);
-      load_pack(pdy + w * kLanesF, vdy + w);
+    T buffer[kInputs][kN];
+    VecF in[kInputs][2], at[kInputs], term[2][kCount];
+    for (int k = 0; k < kInputs; ++k) {
+      const T* p = tail ? padded<kN>(from[k] + i, n - i, T(), buffer[k]) : from[k] + i;
+      for (int w = 0; w < 2; w += kPackVectors<T>) load_pack(p + w * kLanesF, in[k] + w);
     }
-    a[u] += vdy[0] + vdy[1];
-    b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
+    for (int w = 0; w < 2; ++w) {
+      for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][w] - mean : in[k][w];
+      gradient_terms<kInputs>(at, term[w]);
+    }
+    for (int i = 0; i < kCount; ++i) acc[i][u % kW] += term[0][i] + term[1][i];
   });
-  sums->add(a, b);
+  sums->add(acc);
 }
 
-template <class T>
-inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c0,
-                                  int64_t c1, const Centres<T>& centres, const GradSums& sums) {
-  T buffer_dy[kGather], buffer_x[kGather];
-  FloatRunSums of_channels[kPlaneGroup];
+template <class T, int kInputs>
+inline void gradient_planes_float(const Geometry& g, const Readers<T, kInputs>& in, int64_t chunk, int64_t c0,
+                                  int64_t c1, const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
+  constexpr int kCount = kSums<kInputs>;
+  constexpr int64_t kPiece = run_piece(2 * kLanesF, kWays<kInputs>);
+  using Sums = FloatRunSums<kCount>;
+  T buffer[kInputs][kGather];
+  Sums of_channels[kPlaneGroup];
   const float* shift = centres.shift.row(0);
-  constexpr int64_t kPiece = run_piece(2 * kLanesF);
-  const int64_t step = dy.direct() && x.direct() ? kPiece : std::min(kGather, kPiece);
-  for_chunk_runs(plane_chunk(g, chunk), c0, c1, step, of_channels,
-                 [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums* of_channel) {
-                   accumulate_gradient_run_float(dy.run(o, c, i, n, buffer_dy), x.run(o, c, i, n, buffer_x), n,
-                                                 shift[c], of_channel);
-                 });
+  const int64_t step = all_direct(in) ? kPiece : std::min(kGather, kPiece);
+  const auto add = [&](int64_t o, int64_t c, int64_t i, int64_t n, Sums* of_channel) {
+    const T* from[kInputs];
+    for (int k = 0; k < kInputs; ++k) from[k] = in[k].run(o, c, i, n, buffer[k]);
+    accumulate_gradient_run_float<T, kInputs>(from, n, shift[c], of_channel);
+  };
+  for_chunk_runs(plane_chunk(g, chunk), c0, c1, step, of_channels, add);
   for (int64_t c = c0; c < c1; ++c) {
-    const double sum = of_channels[c - c0].total1(), dot = of_channels[c - c0].total2();
-    if (is_finite(sum) && is_finite(dot)) {
-      sums.row(chunk, 0)[c] = sum;
-      sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
-    } else {
-      gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
+    double total[kCount];
+    bool finite = true;
+    for (int i = 0; i < kCount; ++i) {
+      total[i] = of_channels[c - c0].total(i);
+      finite &= is_finite(total[i]);
     }
+    if (!finite) {
+      gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
+      continue;
+    }
+    recentre<kCount>(centres.rest[c], total);
+    for (int i = 0; i < kCount; ++i) sums.row(chunk, i)[c] = total[i];
   }
 }
 
-template <class T>
-inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
-                           const GradSums& sums, const Parallel& par) {
+template <class T, int kInputs>
+inline void reduce_columns(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                           const ChunkSums<kSums<kInputs>>& sums, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const ColumnTask t = column_task(g, task);
       if constexpr (sizeof(T) < sizeof(double)) {
-        gradient_columns_float(g, dy, x, t, centres, sums);
+        gradient_columns_float<T, kInputs>(g, in, t, centres, sums);
       } else {
-        gradient_columns_double(g, dy, x, t, centres.means, sums);
+        gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums);
       }
     }
   });
 }
 
-template <class T>
-inline void reduce_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
-                          const GradSums& sums, int64_t c0, int64_t c1, const Parallel& par) {
+template <class T, int kInputs>
+inline void reduce_planes(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                          const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
   for_plane_groups(g, c0, c1, par, [&](int64_t chunk, int64_t first, int64_t last) {
     if constexpr (sizeof(T) < sizeof(double)) {
-      gradient_planes_float(g, dy, x, chunk, first, last, centres, sums);
+      gradient_planes_float<T, kInputs>(g, in, chunk, first, last, centres, sums);
     } else {
-      for (int64_t c = first; c < last; ++c) gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
+      for (int64_t c = first; c < last; ++c) {
+        gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
+      }
     }
   });
+}
+
+// Sums of channels [c0, c1) by chunk, in either layout.
+template <class T, int kInputs>
+inline void reduce_gradients(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+                             const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
+  if (g.columns) return reduce_columns<T, kInputs>(g, in, centres, sums, par);
+  reduce_planes<T, kInputs>(g, in, centres, sums, c0, c1, par);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #define BN_EXT_X86 1
 #endif
 
+#include "double_formulas.h"
 #include "formulas.h"
 #include "kernels.h"
 #include "layout.h"

@@ -11,11 +11,12 @@ constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
 template <class T>
 class Reader {
  public:
+  // Without data it reads as zeros, which cost no memory traffic.
   Reader(const Geometry& g, int operand, const void* data)
       : g_(g),
         k_(operand),
         base_(static_cast<const T*>(data)),
-        direct_(g.direct(operand)),
+        direct_(data != nullptr && g.direct(operand)),
         apart_(direct_ && g.columns && g.block_cols() < g.cols && g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes) {
   }
 
@@ -23,6 +24,7 @@ class Reader {
 
   // Columns [v0, v0 + n) of row r: in place, or gathered into `buffer` (n elements).
   const T* row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+    if (base_ == nullptr) return zeros();
     const T* row = base_ + g_.row_offset(k_, r);
     if (direct_) return row + v0;
     const int64_t fast = g_.fast(), fast_stride = g_.fast_stride(k_), slow_stride = g_.slow_stride(k_);
@@ -47,6 +49,7 @@ class Reader {
 
   // Elements [i0, i0 + n) of the run of channel c at outer index o.
   const T* run(int64_t o, int64_t c, int64_t i0, int64_t n, T* buffer) const {
+    if (base_ == nullptr) return zeros();
     const Strides& s = g_.strides[k_];
     const T* run = base_ + o * s.outer + c * s.channel + i0 * s.inner;
     if (direct_) return run;
@@ -55,11 +58,25 @@ class Reader {
   }
 
  private:
+  static const T* zeros() {
+    static_assert(kGather >= kBlockColumns, "as many as a row or a run is read of at a time");
+    alignas(64) static const T values[kGather] = {};
+    return values;
+  }
+
   const Geometry& g_;
   int k_;
   const T* base_;
   bool direct_, apart_;
 };
+
+// The tensors that a pass reads, in the order of its operands.
+template <class T, int kInputs>
+using Readers = std::array<Reader<T>, kInputs>;
+template <class T, size_t kInputs>
+inline bool all_direct(const std::array<Reader<T>, kInputs>& in) {
+  return std::all_of(in.begin(), in.end(), [](const Reader<T>& reader) { return reader.direct(); });
+}
 
 inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
 inline bool streams_output(const Geometry& g, int64_t element_size) {
@@ -81,18 +98,4 @@ inline void for_row_groups(const Reader<T>& x, int64_t r0, int64_t r1, int64_t v
   int64_t r = r0;
   for (; r + kRows <= r1; r += kRows) group(std::integral_constant<int, kRows>(), r);
   for (; r < r1; ++r) group(std::integral_constant<int, 1>(), r);
-}
-
-// The same rows of two operands: body(count, r, pointers_a, pointers_b).
-template <int kRows, class T, class Body>
-inline void for_row_pairs(const Reader<T>& a, const Reader<T>& b, int64_t r0, int64_t r1, int64_t v0, int64_t n,
-                          T* buffer_a, T* buffer_b, const Body& body) {
-  for_row_groups<kRows>(b, r0, r1, v0, n, buffer_b, [&](auto count, int64_t r, const T* const* rows_b) {
-    const T* rows_a[decltype(count)::value];
-    for (int j = 0; j < count; ++j) {
-      a.fetch_ahead(r + j, v0, n);
-      rows_a[j] = a.row(r + j, v0, n, buffer_a + j * kBlockColumns);
-    }
-    body(count, r, rows_a, rows_b);
-  });
 }

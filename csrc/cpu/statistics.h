@@ -119,11 +119,14 @@ inline void columns_chunk_double(const Geometry& g, const Reader<T>& x, const Co
   store_columns(g, t, shift, s1, s2, partials, redo, nullptr);
 }
 
-// Sums over runs; four independent accumulators hide the adder's latency.
+// Several sums over runs; independent accumulators (ways: 2 or 4) of each hide the adder's latency.
+template <int kSums = 2, int kWays = 4>
 struct RunSums {
-  VecD s1[4] = {}, s2[4] = {};
-  double total1() const { return sum_lanes((s1[0] + s1[1]) + (s1[2] + s1[3])); }
-  double total2() const { return sum_lanes((s2[0] + s2[1]) + (s2[2] + s2[3])); }
+  VecD s[kSums][kWays] = {};
+  double total(int i) const {
+    if constexpr (kWays == 2) return sum_lanes(s[i][0] + s[i][1]);
+    return sum_lanes((s[i][0] + s[i][1]) + (s[i][2] + s[i][3]));
+  }
 };
 
 // step(i, tail, u) for every vector of a run, u being its accumulator: always a constant, so that all stay in
@@ -142,13 +145,13 @@ inline void for_run(int64_t n, const Step& step) {
 }
 
 template <class T>
-inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums* total) {
-  RunSums sums = *total;
+inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums<>* total) {
+  RunSums<> sums = *total;
   for_run<kLanesD>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
     T buffer[kLanesD];
     const VecD d = load_double(tail ? padded<kLanesD>(p + i, n - i, fill, buffer) : p + i) - k;
-    sums.s1[u] += d;
-    sums.s2[u] += d * d;
+    sums.s[0][u] += d;
+    sums.s[1][u] += d * d;
   });
   *total = sums;
 }
@@ -174,7 +177,7 @@ inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t c
   const T fill = finite ? first : T();
   const double shift = finite ? to_double(first) : 0.0;
   const VecD k = broadcast<VecD>(shift);
-  RunSums sums;
+  RunSums<> sums;
   const int64_t step = x.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
     for (int64_t i = 0; i < p.n; i += step) {
@@ -182,7 +185,7 @@ inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t c
       accumulate_run(x.run(o, c, p.i0 + i, n, buffer), n, fill, k, &sums);
     }
   }
-  partials.store(chunk, c, from_shifted_sums(p.count(), shift, sums.total1(), sums.total2()));
+  partials.store(chunk, c, from_shifted_sums(p.count(), shift, sums.total(0), sums.total(1)));
 }
 
 // Values a channel has in a chunk.

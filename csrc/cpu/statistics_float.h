@@ -102,26 +102,30 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
 }
 
 // Sums of a channel over runs: float vectors, and double ones that they are flushed to.
+template <int kCount>
 struct FloatRunSums {
-  VecF f1 = {}, f2 = {};
-  VecD d1 = {}, d2 = {};
+  VecF f[kCount] = {};
+  VecD d[kCount] = {};
 
   void flush() {
-    add_widened(f1, &d1, &d1);
-    add_widened(f2, &d2, &d2);
-    f1 = f2 = VecF{};
+    for (int i = 0; i < kCount; ++i) {
+      add_widened(f[i], &d[i], &d[i]);
+      f[i] = VecF{};
+    }
   }
-  // What four accumulators of one piece of a run hold.
-  void add(const VecF* a, const VecF* b) {
-    f1 += (a[0] + a[1]) + (a[2] + a[3]);
-    f2 += (b[0] + b[1]) + (b[2] + b[3]);
+  // What the accumulators of one piece of a run hold, two or four for each sum.
+  template <int kWays>
+  void add(const VecF (&of_piece)[kCount][kWays]) {
+    for (int i = 0; i < kCount; ++i) {
+      const VecF* a = of_piece[i];
+      f[i] += kWays == 2 ? a[0] + a[1] : (a[0] + a[1]) + (a[kWays - 2] + a[kWays - 1]);
+    }
   }
-  double total1() const { return sum_lanes(d1); }
-  double total2() const { return sum_lanes(d2); }
+  double total(int i) const { return sum_lanes(d[i]); }
 };
 
-// A piece of a run of four accumulators, each summing kFlush of what one step of the loop takes.
-constexpr int64_t run_piece(int64_t step) { return kFlush * 4 * step; }
+// A piece of a run: kFlush of what one step of the loop takes for each accumulator.
+constexpr int64_t run_piece(int64_t step, int ways) { return kFlush * ways * step; }
 
 // The channels whose runs of one chunk are summed side by side, since they follow each other in memory. Which ones are
 // together does not change a channel's sums.
@@ -146,9 +150,8 @@ inline void for_plane_groups(const Geometry& g, int64_t c0, int64_t c1, const Pa
 
 // add(o, c, i, n, sums of c) for the runs of a chunk, in pieces of up to `step`, each one addition to the float sums,
 // which are flushed in time; all of them at the end.
-template <class Add>
-inline void for_chunk_runs(const PlaneChunk& p, int64_t c0, int64_t c1, int64_t step, FloatRunSums* sums,
-                           const Add& add) {
+template <class Sums, class Add>
+inline void for_chunk_runs(const PlaneChunk& p, int64_t c0, int64_t c1, int64_t step, Sums* sums, const Add& add) {
   const int64_t of_run = (p.n + step - 1) / step;
   const auto flush = [&] {
     for (int64_t c = c0; c < c1; ++c) sums[c - c0].flush();
@@ -165,9 +168,9 @@ inline void for_chunk_runs(const PlaneChunk& p, int64_t c0, int64_t c1, int64_t 
 }
 
 template <class T>
-inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums* sums) {
+inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSums<2>* sums) {
   const VecF k = VecF{} + shift;
-  VecF a[4] = {}, b[4] = {};
+  VecF acc[2][4] = {};
   for_run<kLanesF>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
     VecF value;
     if (tail) {
@@ -178,10 +181,10 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
       value = widen<kLanesF>(p + i);
     }
     const VecF d = value - k;
-    a[u] += d;
-    b[u] += d * d;
+    acc[0][u] += d;
+    acc[1][u] += d * d;
   });
-  sums->add(a, b);
+  sums->add(acc);
 }
 
 // Mean of a chunk's first values of a channel, as x0 + mean(x - x0); zero where it is not finite.
@@ -204,15 +207,15 @@ inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t ch
   const PlaneChunk p = plane_chunk(g, chunk);
   T buffer[kGather];
   float shift[kPlaneGroup];
-  FloatRunSums sums[kPlaneGroup];
+  FloatRunSums<2> sums[kPlaneGroup];
   for (int64_t c = c0; c < c1; ++c) shift[c - c0] = plane_shift(x, p, c);
-  constexpr int64_t kPiece = run_piece(kLanesF);
+  constexpr int64_t kPiece = run_piece(kLanesF, 4);
   const int64_t step = x.direct() ? kPiece : std::min(kGather, kPiece);
-  for_chunk_runs(p, c0, c1, step, sums, [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums* of_channel) {
+  for_chunk_runs(p, c0, c1, step, sums, [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums<2>* of_channel) {
     accumulate_run_float(x.run(o, c, i, n, buffer), n, shift[c - c0], of_channel);
   });
   for (int64_t c = c0; c < c1; ++c) {
-    const double s1 = sums[c - c0].total1(), s2 = sums[c - c0].total2();
+    const double s1 = sums[c - c0].total(0), s2 = sums[c - c0].total(1);
     if (float_sums_are_safe(p.count(), s1, s2)) {
       partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift[c - c0], s1, s2));
     } else {

@@ -22,7 +22,8 @@ struct GradientSums {
   using A = typename Accumulate<T>::Type;
   using Args = BackwardArgs;
   // As many rows at once as registers hold: sums, shifts and coefficients of 8 elements or of doubles leave fewer.
-  static constexpr int kVector = V, kInputs = 2, kUnroll = V > 4 || sizeof(A) == 8 ? 2 : 4, kBatch = 32;
+  static constexpr int kVector = V, kInputs = 2, kOutputs = 1, kGroups = 1;
+  static constexpr int kUnroll = V > 4 || sizeof(A) == 8 ? 2 : 4, kBatch = 32;
   static constexpr bool kMoments = false;
   template <typename From, typename W>
   using Merge = SumsPool<From, W>;
@@ -79,7 +80,7 @@ struct GradientSums {
     }
   }
 
-  static __device__ Partial<A> partial(State* s, int i, bool has_tail, const Vec<T, 1> (&tail)[2]) {
+  static __device__ Partial<A> partial(State* s, int i, int, bool has_tail, const Vec<T, 1> (&tail)[2]) {
     Partial<A> r{{s->all_dy[i], A(0), s->all_dot[i], A(0)}};
     if (has_tail) {
       const A dy = widen(tail[0][0]);
@@ -115,9 +116,10 @@ struct Backward : GradientSums<T, V> {
     return dx;
   }
 
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
-                                int j, int channels, int lane, bool owner, double, A* out) {
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
+                                int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
+    const Partial<double>& total = *totals;
     const A* saved = static_cast<const A*>(a.saved);
     const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
     const double sum_dy = total[0] + total[1];
@@ -153,9 +155,10 @@ struct EvaluationBackward : GradientSums<T, V> {
     return scaled(in[0], c);
   }
 
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
-                                int, int, int lane, bool owner, double, A*) {
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
+                                int64_t channel, int, int, int lane, bool owner, double, A*) {
     if (!valid || lane != 0 || !owner) return;
+    const Partial<double>& total = *totals;
     const double sum_dy = total[0] + total[1], mean = read(a.running_mean, channel, 0);
     const double dot = (total[2] + total[3]) - (mean - static_cast<double>(Sums::shift_of(p, a, channel))) * sum_dy;
     Sums::put_parameters(a, channel, sum_dy, dot, invstd_of(a, channel));
@@ -168,7 +171,7 @@ struct EvaluationScale {
   using Element = T;
   using A = typename Accumulate<T>::Type;
   using Args = BackwardArgs;
-  static constexpr int kVector = V, kInputs = 1, kCoefficients = 1, kUnroll = 4;
+  static constexpr int kVector = V, kInputs = 1, kOutputs = 1, kCoefficients = 1, kUnroll = 4;
 
   static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[1][V]) {
     return scaled(in[0], c);

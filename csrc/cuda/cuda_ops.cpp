@@ -1,5 +1,7 @@
 // CUDA kernels of the operators: device, stream, workspace, launch errors.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -9,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-#include "glue.h"
+#include "composite.h"
 #include "launch.h"
 
 namespace bn_ext {
@@ -100,11 +102,80 @@ Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor&
       input, prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
 }
 
+// In training without a gradient at grad_input, what flows on to the input is a backward with grad_grad_weight in the
+// place of the weight; what flows on to grad_output is made of torch's operations.
+Gradients from_parameters(const DoubleBackwardCall& call, const Arriving& arriving, const Tensor& input,
+                          const Tensor& saved) {
+  const auto has = [](const OptionalTensor& t) { return t.has_value() && t->defined(); };
+  if (call.args.grad_weight) Tensor(call.grad_weight).zero_();
+  if (call.args.dx) {
+    BackwardArgs a = call.args;
+    a.weight = call.args.gg_weight;
+    a.grad_weight = {};
+    if (a.weight) {
+      plan_and_launch(input, a, plan_backward, backward);
+    } else {
+      Tensor(call.grad_input).zero_();
+    }
+  }
+  if (call.args.grad_dy) {
+    std::vector<int64_t> column{1, -1};
+    if (input.dim() == 3) column.push_back(1);
+    const auto wide = [&](const Tensor& t) { return t.to(saved.scalar_type()).view(column); };
+    Tensor sum = at::zeros_like(saved[0]).view(column);
+    if (has(arriving.weight)) {
+      const Tensor centred = (input - wide(saved[0])) - wide(saved[1]);
+      sum = centred * (wide(saved[2]) * wide(*arriving.weight));
+    }
+    if (has(arriving.bias)) sum = sum + wide(*arriving.bias);
+    Tensor(call.grad_grad_output).copy_(sum.expand_as(input));
+  }
+  return call.gradients();
+}
+
+Gradients batch_norm_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+                                     const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                     const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
+                                     std::array<bool, 3> output_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const Arriving arriving{grad_grad_input, grad_grad_weight, grad_grad_bias};
+  const DoubleBackwardCall call =
+      prepare_double_backward(arriving, grad_output, input, weight, saved, output_mask);
+  const DoubleBackwardArgs& a = call.args;
+  if (call.empty || !(a.grad_dy || a.dx || a.grad_weight)) return call.gradients();
+  if (!a.gg_x) return from_parameters(call, arriving, input, saved);
+  plan_and_launch(input, a, plan_double_backward, double_backward);
+  return call.gradients();
+}
+
+// Without statistics of the batch nothing is left to fuse but two products: torch's operations.
+Gradients batch_norm_inference_double_backward(const OptionalTensor& grad_grad_input,
+                                               const OptionalTensor& grad_grad_weight,
+                                               const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                               const Tensor& input, const OptionalTensor& weight,
+                                               const Tensor& running_mean, const Tensor& running_var, double eps,
+                                               std::array<bool, 3> output_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const DoubleBackwardCall call =
+      prepare_inference_double_backward({grad_grad_input, grad_grad_weight, grad_grad_bias}, grad_output, input, weight,
+                                        running_mean, running_var, eps, output_mask);
+  if (call.empty) return call.gradients();
+  const auto [grad_dy, grad_x, grad_weight] =
+      composite_double_backward(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight,
+                                running_mean, running_var, eps, output_mask);
+  if (output_mask[0]) Tensor(call.grad_grad_output).copy_(grad_dy);
+  if (output_mask[1]) Tensor(call.grad_input).copy_(grad_x);
+  if (output_mask[2]) Tensor(call.grad_weight).copy_(grad_weight);
+  return call.gradients();
+}
+
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", batch_norm_forward);
   m.impl("batch_norm_inference", batch_norm_inference);
   m.impl("batch_norm_backward", batch_norm_backward);
   m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
+  m.impl("batch_norm_double_backward", batch_norm_double_backward);
+  m.impl("batch_norm_inference_double_backward", batch_norm_inference_double_backward);
 }
 
 }  // namespace

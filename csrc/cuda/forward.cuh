@@ -11,7 +11,7 @@ template <typename T, int V>
 struct Affine {
   using Element = T;
   using A = typename Accumulate<T>::Type;
-  static constexpr int kVector = V, kInputs = 1, kCoefficients = 3;
+  static constexpr int kVector = V, kInputs = 1, kOutputs = 1, kCoefficients = 3;
 
   static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V]) {
     Vec<T, V> y;
@@ -48,6 +48,7 @@ struct Forward : Affine<T, V> {
   using A = typename Affine<T, V>::A;
   using Args = ForwardArgs;
   static constexpr bool kMoments = true, kOnePass = false;
+  static constexpr int kGroups = 1;
   static constexpr int kUnroll = V > 4 ? 4 : 8;  // as many loads in flight as the registers allow
   static constexpr int kBatch = 32;              // rows summed as plain differences before they are absorbed
   template <typename From, typename W>
@@ -119,7 +120,7 @@ struct Forward : Affine<T, V> {
   }
 
   // One value of column i alone.
-  static __device__ Partial<A> partial(State* s, int i, bool has_tail, const Vec<T, 1> (&tail)[1]) {
+  static __device__ Partial<A> partial(State* s, int i, int, bool has_tail, const Vec<T, 1> (&tail)[1]) {
     Running<A> r = s->running[i];
     A count = static_cast<A>(s->count);
     if (has_tail) {
@@ -148,8 +149,9 @@ struct Forward : Affine<T, V> {
   }
 
   // Statistics of one channel to coefficients, and, by the block that owns them, to what is kept.
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
-                                int j, int channels, int lane, bool owner, double momentum, A* out) {
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
+                                int64_t channel, int j, int channels, int lane, bool owner, double momentum, A* out) {
+    const Partial<double>& total = *totals;
     const double mean = total[1] + total[2];
     double m2 = total[3];
     const bool overflow = valid && sizeof(A) == sizeof(float) && !(m2 <= 3e38) && is_finite(mean);

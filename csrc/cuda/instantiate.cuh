@@ -84,6 +84,13 @@ cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* worksp
       plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
 }
 
+template <typename T>
+cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  constexpr int kFull = access_bytes(Pass::kDoubleBackward, sizeof(T)) / static_cast<int>(sizeof(T));
+  if (plan.vector == 1) return reduce_and_apply<DoubleBackward<T, 1>>(plan, args, workspace, stream);
+  return reduce_and_apply<DoubleBackward<T, kFull>>(plan, args, workspace, stream);
+}
+
 // Defines the entries of one type (entries.h).
 #define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                            \
   cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {   \
@@ -94,6 +101,10 @@ cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* worksp
   }                                                                                                               \
   cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) { \
     return backward_of<T>(args, plan, workspace, stream);                                                         \
+  }                                                                                                               \
+  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,           \
+                                     cudaStream_t stream) {                                                       \
+    return double_backward_of<T>(args, plan, workspace, stream);                                                  \
   }
 
 }  // namespace cuda

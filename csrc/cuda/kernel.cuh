@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.cuh"
+#include "double_backward.cuh"
 #include "forward.cuh"
 
 namespace bn_ext {
@@ -17,15 +18,24 @@ template <class Op>
 struct Tensors {
   using T = typename Op::Element;
   const T* in[Op::kInputs];
-  T* out;
+  T* out[Op::kOutputs];  // null: not wanted
 
   __device__ explicit Tensors(const ForwardArgs& a)
-      : in{static_cast<const T*>(a.x.data)}, out(static_cast<T*>(a.y.data)) {}
+      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
   __device__ explicit Tensors(const InferenceArgs& a)
-      : in{static_cast<const T*>(a.x.data)}, out(static_cast<T*>(a.y.data)) {}
+      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
   __device__ explicit Tensors(const BackwardArgs& a)
-      : in{static_cast<const T*>(a.dy.data)}, out(static_cast<T*>(a.dx.data)) {
+      : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.dx.data)} {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.x.data);
+  }
+  __device__ explicit Tensors(const DoubleBackwardArgs& a)
+      : in{static_cast<const T*>(a.dy.data), static_cast<const T*>(a.x.data), static_cast<const T*>(a.gg_x.data)},
+        out{static_cast<T*>(a.grad_dy.data), static_cast<T*>(a.dx.data)} {}
+
+  __device__ bool wanted() const {
+    bool any = false;
+    for (int o = 0; o < Op::kOutputs; ++o) any |= out[o] != nullptr;
+    return any;
   }
 };
 
@@ -52,11 +62,27 @@ struct Worker {
     return Cursor<K, With>(plan, place, place.begin + static_cast<int64_t>(row) * plan.ty);
   }
 
-  __device__ __forceinline__ void put(int64_t offset, const Vec<T, V>& v) const {
+  __device__ __forceinline__ void put(int64_t offset, const Vec<T, V>& v, int output = 0) const {
     if (plan.stream_output) {
-      store<Cache::kLastUse>(tensors.out + offset, v);
+      store<Cache::kLastUse>(tensors.out[output] + offset, v);
     } else {
-      store(tensors.out + offset, v);
+      store(tensors.out[output] + offset, v);
+    }
+  }
+  __device__ __forceinline__ void put(int64_t offset, const Results<T, V, Op::kOutputs>& r) const {
+#pragma unroll
+    for (int o = 0; o < Op::kOutputs; ++o) {
+      if (tensors.out[o] != nullptr) put(offset, r.v[o], o);
+    }
+  }
+  // Element i alone.
+  __device__ __forceinline__ void put_one(int64_t offset, const Vec<T, V>& v, int i, int output = 0) const {
+    store(tensors.out[output] + offset, Vec<T, 1>{{v[i]}});
+  }
+  __device__ __forceinline__ void put_one(int64_t offset, const Results<T, V, Op::kOutputs>& r, int i) const {
+#pragma unroll
+    for (int o = 0; o < Op::kOutputs; ++o) {
+      if (tensors.out[o] != nullptr) put_one(offset, r.v[o], i, o);
     }
   }
 
@@ -86,12 +112,12 @@ struct Worker {
 
   // Starts the copies of the rows that stay on chip.
   __device__ __forceinline__ void copy_kept(int stay) const {
-    if constexpr (sizeof(Vec<T, V>) == 16) {
+    if constexpr (V > 1) {
       auto c = cursor<false>(0);
       for (int g = 0, r = 0; g < kCopyGroups; ++g) {
         for (const int end = group_end(g, stay); r < end; ++r) {
 #pragma unroll
-          for (int k = 0; k < K; ++k) copy_async(&slots.at(r, k), tensors.in[k] + c.offset[k]);
+          for (int k = 0; k < K; ++k) copy_async<sizeof(Vec<T, V>)>(&slots.at(r, k), tensors.in[k] + c.offset[k]);
           c.advance(plan);
         }
         copy_async_commit();
@@ -227,7 +253,7 @@ struct Worker {
 #pragma unroll
         for (int e = 0; e < V; ++e) wide[k][e] = in[k][0];
       }
-      store(tensors.out + offset, Vec<T, 1>{{Op::apply(wide, coefficient)[i]}});
+      put_one(offset, Op::apply(wide, coefficient), i);
     });
   }
 
@@ -265,16 +291,16 @@ __global__ void __launch_bounds__(kThreads, 2)
                   int phases) {
   using A = typename Op::A;
   using T = typename Op::Element;
-  constexpr int V = Op::kVector, K = Op::kInputs;
+  constexpr int V = Op::kVector, K = Op::kInputs, G = Op::kGroups;
   auto* const scratch = dynamic_shared<Partial<A>>();      // [V][kThreads], later the coefficients
-  auto* const results = scratch + scratch_partials(plan);  // [tile_channels]
-  auto* const slots = reinterpret_cast<Vec<T, V>*>(results + plan.tile_channels);
+  auto* const results = scratch + scratch_partials(plan);  // [G][tile_channels]
+  auto* const slots = reinterpret_cast<Vec<T, V>*>(results + G * plan.tile_channels);
   const Worker<Op> worker(plan, args, slots);
   const auto& place = worker.place;
   const int channels = tile_channels(plan, place.tile);
   const int64_t first_channel = place.tile * plan.tile_channels;
-  A* const partials = static_cast<A*>(workspace);  // [splits][channels][4], with plan.pooled [channels][4] behind
-  A* const pooled = partials + 4 * plan.splits * plan.channels;
+  A* const partials = static_cast<A*>(workspace);  // [splits][G][channels][4], with plan.pooled [G][channels][4] behind
+  A* const pooled = partials + 4 * G * plan.splits * plan.channels;
   double momentum = 0;
   if ((phases & kApply) && place.split == 0 && threadIdx.x == 0) momentum = momentum_of(args, plan, place.tile);
 
@@ -302,23 +328,28 @@ __global__ void __launch_bounds__(kThreads, 2)
       worker.template first_sweep<false>(use, [](int64_t, const Vec<T, V>(&)[K]) {});
     }
     if (state.batch > 0) Op::flush(&state);
-    if (place.ty < plan.ty && place.tx < plan.tx) {
-      const Vec<T, 1> none[K] = {};
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (i >= place.tail)
-          scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, false, none);
+    for (int g = 0; g < G; ++g) {
+      if (place.ty < plan.ty && place.tx < plan.tx) {
+        const Vec<T, 1> none[K] = {};
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          if (i >= place.tail)
+            scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, g, false, none);
+        }
+        worker.for_tail([&](int i, int64_t, const Vec<T, 1>(&in)[K]) {
+          scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, g, true, in);
+        });
       }
-      worker.for_tail([&](int i, int64_t, const Vec<T, 1>(&in)[K]) {
-        scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, true, in);
-      });
+      __syncthreads();  // the threads' partial results are written
+      pool_block<Op, V>(plan, scratch, channels, results + g * plan.tile_channels);
+      __syncthreads();  // the block's are, and nobody reads the threads' any more
     }
-    __syncthreads();  // the threads' partial results are written
-    pool_block<Op, V>(plan, scratch, channels, results);
-    __syncthreads();  // the block's are, and nobody reads the threads' any more
     if (plan.exchange == Exchange::kGrid || plan.exchange == Exchange::kTwoLaunches) {
-      for (int j = static_cast<int>(threadIdx.x); j < channels; j += kThreads) {
-        store_partial(partials + 4 * (place.split * plan.channels + first_channel + j), results[j]);
+      for (int j = static_cast<int>(threadIdx.x); j < G * channels; j += kThreads) {
+        const int g = G == 1 ? 0 : j / channels, at = j - g * channels;
+        store_partial(partials + 4 * ((place.split * G + g) * plan.channels + first_channel + at),
+                      results[g * plan.tile_channels + at]);
       }
     }
     if (phases == kReduce) return;
@@ -339,11 +370,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     __threadfence();
     cg::this_grid().sync();
     if (plan.pooled) {
-      // Every channel once, by some warp of the grid; all lanes of a warp have the same channel.
+      // Every channel's groups once, by some warp of the grid; all lanes of a warp have the same channel.
       const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
       const int at = static_cast<int>(threadIdx.x) % 32;
-      for (int64_t c = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32; c < plan.channels; c += warps) {
-        const auto fetch = [&](int64_t s) { return load_partial(partials + 4 * (s * plan.channels + c)); };
+      for (int64_t c = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32; c < G * plan.channels; c += warps) {
+        const auto fetch = [&](int64_t s) { return load_partial(partials + 4 * (s * G * plan.channels + c)); };
         const auto total = merged(true, plan.splits, 32, at, fetch);
         if (at == 0) store_partial(pooled + 4 * c, narrowed<Op, A>(total));
       }
@@ -355,7 +386,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (plan.exchange == Exchange::kCluster) cg::this_cluster().sync();
 #endif
 
-  const bool needed = (!Op::kOnePass && worker.tensors.out != nullptr) || place.split == 0;
+  const bool needed = (!Op::kOnePass && worker.tensors.wanted()) || place.split == 0;
   if (needed) {
     __shared__ double shared_momentum;
     if (threadIdx.x == 0) shared_momentum = momentum;
@@ -364,25 +395,31 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int j = base + group;
       const int64_t channel = first_channel + j;
       const bool valid = j < channels;
-      Partial<double> total{};
-      if (plan.splits == 1 || plan.pooled) {
-        if (valid) total = rounded<double>(plan.pooled ? load_partial(pooled + 4 * channel) : results[j]);
-      } else {
-        total = merged(valid, plan.splits, lanes, lane, [&](int64_t s) -> Partial<A> {
+      Partial<double> totals[G] = {};
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        Partial<A>* const of_block = results + g * plan.tile_channels + j;
+        if (plan.splits == 1 || plan.pooled) {
+          if (!valid) continue;
+          const int64_t at = g * plan.channels + channel;
+          totals[g] = rounded<double>(plan.pooled ? load_partial(pooled + 4 * at) : *of_block);
+          continue;
+        }
+        totals[g] = merged(valid, plan.splits, lanes, lane, [&](int64_t s) -> Partial<A> {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
           if (plan.exchange == Exchange::kCluster) {
-            return *cg::this_cluster().map_shared_rank(&results[j], static_cast<unsigned>(s));
+            return *cg::this_cluster().map_shared_rank(of_block, static_cast<unsigned>(s));
           }
 #endif
-          return load_partial(partials + 4 * (s * plan.channels + channel));
+          return load_partial(partials + 4 * ((s * G + g) * plan.channels + channel));
         });
       }
-      Op::finish(plan, args, total, valid, channel, j, channels, lane, place.split == 0, shared_momentum,
+      Op::finish(plan, args, totals, valid, channel, j, channels, lane, place.split == 0, shared_momentum,
                  reinterpret_cast<A*>(scratch));
     }
     __syncthreads();  // the coefficients are written
     if constexpr (!Op::kOnePass) {
-      if (worker.tensors.out != nullptr) {
+      if (worker.tensors.wanted()) {
         A coefficient[Op::kCoefficients][V];
         worker.read_coefficients(reinterpret_cast<const A*>(scratch), channels, coefficient);
         worker.second_sweep(coefficient);

@@ -67,5 +67,10 @@ cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace
       args, plan, workspace, stream);
 }
 
+cudaError_t double_backward(const DoubleBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return of_type(args.dtype, double_backward_float32, double_backward_float64, double_backward_bfloat16,
+                 double_backward_float16)(args, plan, workspace, stream);
+}
+
 }  // namespace cuda
 }  // namespace bn_ext

@@ -15,6 +15,8 @@ cudaError_t query_device(int index, Device* device);
 cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
 cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
+// Of training, with a gradient at grad_input.
+cudaError_t double_backward(const DoubleBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace bn_ext

@@ -145,17 +145,22 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v BN_EXT_SITE) {
 #endif
 }
 
-// ---- 16 bytes from global into shared memory without passing through registers (sm_80 and later; else load, store) --
+// ---- 8 or 16 bytes from global into shared memory without passing through registers (sm_80 and later; else load,
+// store) --
+template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT
-  simt::copy_async(shared, global, 16, site);
+  simt::copy_async(shared, global, Bytes, site);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-      "l"(detail::global_address(global))
-      : "memory");
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const auto from = detail::global_address(global);
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+  }
 #else
-  detail::load_streaming(global, static_cast<uint4*>(shared));
+  detail::load_streaming(global, static_cast<typename detail::Word<Bytes>::Type*>(shared));
 #endif
 }
 

@@ -80,6 +80,12 @@ struct Cursor {
   }
 };
 
+// What several outputs get at a thread's vector.
+template <typename T, int V, int Outputs>
+struct Results {
+  Vec<T, V> v[Outputs];
+};
+
 // A few rows of a thread in registers.
 template <typename T, int V, int K, int U>
 struct Chunk {

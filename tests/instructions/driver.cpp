@@ -14,15 +14,19 @@ struct Case {
   const char* name;
   Shape shape;
   DType dtype;
-  bool backward;
+  enum { kForward, kBackward, kDoubleBackward } pass;
 };
 
 const Case kCases[] = {
-    {"forward_columns_float32", {512, 256, 1}, DType::kFloat32, false},
-    {"forward_planes_float32", {16, 16, 512}, DType::kFloat32, false},
-    {"backward_columns_float32", {512, 256, 1}, DType::kFloat32, true},
-    {"backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, true},
+    {"forward_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kForward},
+    {"forward_planes_float32", {16, 16, 512}, DType::kFloat32, Case::kForward},
+    {"backward_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kBackward},
+    {"backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, Case::kBackward},
+    {"double_backward_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kDoubleBackward},
+    {"double_backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, Case::kDoubleBackward},
 };
+
+constexpr int kTensors = 5;
 
 }  // namespace
 
@@ -34,10 +38,10 @@ int main(int argc, char** argv) {
     if (kernels == nullptr) return 3;
     const int64_t numel = c.shape.numel();
     // Values between -1 and 1 from a linear congruential generator; bfloat16 is a float's upper half.
-    std::vector<float> wide(3 * numel), statistics(3 * c.shape.c);
-    std::vector<uint16_t> narrow(3 * numel);
+    std::vector<float> wide(kTensors * numel), statistics(3 * c.shape.c);
+    std::vector<uint16_t> narrow(kTensors * numel);
     uint32_t state = 1;
-    for (int64_t i = 0; i < 3 * numel; ++i) {
+    for (int64_t i = 0; i < kTensors * numel; ++i) {
       state = state * 1664525u + 1013904223u;
       wide[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
       uint32_t bits;
@@ -54,8 +58,8 @@ int main(int argc, char** argv) {
                                  }};
     std::vector<float> grad_weight(c.shape.c), grad_bias(c.shape.c);
     for (int i = 0; i < std::atoi(argv[2]); ++i) {
-      if (c.backward) {
-        BackwardArgs a;
+      if (c.pass != Case::kForward) {
+        DoubleBackwardArgs a;
         a.shape = c.shape;
         a.dtype = c.dtype;
         a.dy = tensor(0);
@@ -64,7 +68,9 @@ int main(int argc, char** argv) {
         a.grad_weight = {grad_weight.data(), DType::kFloat32, 1};
         a.grad_bias = {grad_bias.data(), DType::kFloat32, 1};
         a.saved = statistics.data();
-        kernels->backward(a, one_thread);
+        a.gg_x = tensor(3);
+        a.grad_dy = tensor(4);
+        c.pass == Case::kBackward ? kernels->backward(a, one_thread) : kernels->double_backward(a, one_thread);
       } else {
         ForwardArgs a;
         a.shape = c.shape;

@@ -22,8 +22,8 @@ struct Vector {
 
 struct Call {
   int64_t n, c, l, dtype;
-  Tensor x, y, dy, dx;
-  Vector weight, bias, running_mean, running_var, grad_weight, grad_bias;
+  Tensor x, y, dy, dx, gg_x, grad_dy;
+  Vector weight, bias, running_mean, running_var, grad_weight, grad_bias, gg_weight, gg_bias;
   int64_t* num_batches_tracked;
   int64_t cumulative;
   double momentum, eps;
@@ -63,13 +63,23 @@ bn_ext::ForwardArgs forward_args(const Call& call) {
 
 bn_ext::InferenceArgs inference_args(const Call& call) { return normalise_args<bn_ext::InferenceArgs>(call); }
 
-bn_ext::BackwardArgs backward_args(const Call& call) {
-  auto a = common_args<bn_ext::BackwardArgs>(call);
+template <typename Args = bn_ext::BackwardArgs>
+Args backward_args(const Call& call) {
+  auto a = common_args<Args>(call);
   a.dy = call.dy.ref();
   a.dx = call.dx.ref();
   a.grad_weight = call.grad_weight.ref();
   a.grad_bias = call.grad_bias.ref();
   a.saved = call.saved;
+  return a;
+}
+
+bn_ext::DoubleBackwardArgs double_backward_args(const Call& call) {
+  auto a = backward_args<bn_ext::DoubleBackwardArgs>(call);
+  a.gg_x = call.gg_x.ref();
+  a.grad_dy = call.grad_dy.ref();
+  a.gg_weight = call.gg_weight.ref();
+  a.gg_bias = call.gg_bias.ref();
   return a;
 }
 
@@ -84,6 +94,9 @@ cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
       break;
     case bn_ext::Pass::kInference:
       *plan = plan_inference(inference_args(call), device);
+      break;
+    case bn_ext::Pass::kDoubleBackward:
+      *plan = plan_double_backward(double_backward_args(call), device);
       break;
     default:
       *plan = plan_backward(backward_args(call), device);
@@ -109,6 +122,7 @@ const Field kFields[] = {FIELD(exchange),
                          FIELD(span),
                          FIELD(modulo),
                          FIELD(lanes),
+                         FIELD(groups),
                          FIELD(column_step),
                          FIELD(tile_channels),
                          FIELD(tail),
@@ -163,4 +177,11 @@ ENTRY int drive_backward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
   return error != cudaSuccess ? error : bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr);
+}
+
+ENTRY int drive_double_backward(const Call* call, void* workspace) {
+  bn_ext::Plan plan;
+  const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kDoubleBackward), *call, &plan);
+  if (error != cudaSuccess) return error;
+  return bn_ext::cuda::double_backward(double_backward_args(*call), plan, workspace, nullptr);
 }

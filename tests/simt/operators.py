@@ -29,6 +29,7 @@ class Pass(IntEnum):
     INFERENCE = 1
     BACKWARD = 2
     INFERENCE_BACKWARD = 3
+    DOUBLE_BACKWARD = 4
 
     @property
     def backward(self) -> bool:
@@ -36,7 +37,26 @@ class Pass(IntEnum):
 
     @property
     def training(self) -> bool:
-        return self in (Pass.FORWARD, Pass.BACKWARD)
+        return self in (Pass.FORWARD, Pass.BACKWARD, Pass.DOUBLE_BACKWARD)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The tensors that the pass may read, by their names in Call."""
+        return ("x", *("dy",) * self.backward, *("gg_x",) * (self == Pass.DOUBLE_BACKWARD))
+
+    def outputs(self, wants: tuple[bool, bool, bool] = (True, True, True)) -> tuple[str, ...]:
+        """The tensors that it writes, likewise; wants as in Inputs."""
+        if not self.backward:
+            return ("y",)
+        return (*("dx",) * wants[0], *("grad_dy",) * (wants[2] and self == Pass.DOUBLE_BACKWARD))
+
+    def vectors(self, wants: tuple[bool, bool, bool] = (True, True, True)) -> tuple[str, ...]:
+        """The parameters' gradients that it writes and those that arrive at them."""
+        if not self.backward:
+            return ()
+        if self == Pass.DOUBLE_BACKWARD:
+            return (*("grad_weight",) * wants[1], "gg_weight", "gg_bias")
+        return (*("grad_weight",) * wants[1], *("grad_bias",) * wants[2])
 
 
 class _Tensor(ctypes.Structure):
@@ -47,8 +67,8 @@ class _Vector(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("stride", ctypes.c_int64)]
 
 
-_TENSORS = ("x", "y", "dy", "dx")
-_VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_weight", "grad_bias")
+_TENSORS = ("x", "y", "dy", "dx", "gg_x", "grad_dy")
+_VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_weight", "grad_bias", "gg_weight", "gg_bias")
 
 
 class Call(ctypes.Structure):
@@ -120,7 +140,12 @@ class Inputs:
     num_batches_tracked: int | None = None
     momentum: float | None = 0.1
     eps: float = 1e-5
-    wants: tuple[bool, bool, bool] = (True, True, True)  # grad_input, grad_weight, grad_bias
+    # grad_input, grad_weight and, the last, grad_bias or, of double backward, grad_grad_output
+    wants: tuple[bool, bool, bool] = (True, True, True)
+    # What arrives at backward's results, for double backward.
+    gg_input: Tensor | None = None
+    gg_weight: Tensor | None = None
+    gg_bias: Tensor | None = None
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -141,6 +166,7 @@ class Result:
     grad_input: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
+    grad_grad_output: Tensor | None = None
 
     @property
     def regime(self) -> tuple[str, str]:
@@ -201,12 +227,10 @@ def plan_of(
         t = t.transpose(-1, -2).contiguous().transpose(-1, -2)
     vector = torch.empty(shape[1], dtype=torch.float32, device="meta")
     call = _new_call(t)
-    for k, name in enumerate(("x", "dy", "dx") if pass_.backward else ("x", "y")):
-        if name != "dx" or wants[0]:
-            call.set_tensor(name, t, ((1 + k) << 44) + scalar * dtype.itemsize)
-    for k, name in enumerate(_VECTORS):
-        if k < 4 or (pass_.backward and wants[k - 3]):
-            call.set_vector(name, vector, (8 + k) << 44)
+    for k, name in enumerate((*pass_.inputs, *pass_.outputs(wants))):
+        call.set_tensor(name, t, ((1 + k) << 44) + scalar * dtype.itemsize)
+    for k, name in enumerate((*_VECTORS[:4], *pass_.vectors(wants))):
+        call.set_vector(name, vector, (8 + k) << 44)
     call.saved = 1 << 50 if pass_.training else None
     lib = library() if of is None else of
     with lib.session(device, **model):
@@ -293,19 +317,26 @@ def run(
         tensor("x", placed.put("x", inputs.x, constant=True))
         for name in _VECTORS[:4]:
             value, constant = getattr(inputs, name), pass_ != Pass.FORWARD or name in ("weight", "bias")
-            if value is not None and not (pass_ == Pass.BACKWARD and name.startswith("running")):
+            if value is not None and not (pass_.backward and pass_.training and name.startswith("running")):
                 vector(name, placed.put(name, value, constant=constant))
         if pass_.backward:
             assert inputs.grad_output is not None
             tensor("dy", placed.put("dy", inputs.grad_output, constant=True))
-            if inputs.wants[0]:
-                tensor("dx", placed.like("dx", inputs.x))
+            if pass_ == Pass.DOUBLE_BACKWARD:
+                assert inputs.gg_input is not None
+                tensor("gg_x", placed.put("gg_x", inputs.gg_input, constant=True))
+            for name in pass_.outputs(inputs.wants):
+                tensor(name, placed.like(name, inputs.x))
             options = {"dtype": inputs.statistics_dtype if inputs.weight is None else inputs.weight.dtype}
-            for name, wanted in zip(_VECTORS[4:], inputs.wants[1:], strict=True):
-                vector(name, s.empty(name, (inputs.x.shape[1],), **options) if wanted else None)
+            for name in pass_.vectors(inputs.wants):
+                if name.startswith("gg"):
+                    value = getattr(inputs, name)
+                    vector(name, None if value is None else placed.put(name, value, constant=True))
+                else:
+                    vector(name, s.empty(name, (inputs.x.shape[1],), **options))
         else:
             tensor("y", placed.like("y", inputs.x))
-        if pass_ == Pass.BACKWARD:
+        if pass_.backward and pass_.training:
             assert saved is not None
             held["saved"] = placed.put("saved", saved, constant=True)
         elif pass_ == Pass.FORWARD:
@@ -322,10 +353,12 @@ def run(
             workspace = s.empty("workspace", (plan["workspace_bytes"],), torch.uint8)
             if workspace_byte is not None:
                 workspace.fill_(workspace_byte)
-        launcher = ("drive_forward", "drive_inference", "drive_backward", "drive_backward")[pass_]
+        launchers = ("drive_forward", "drive_inference", *("drive_backward",) * 2, "drive_double_backward")
+        launcher = launchers[pass_]
         result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
         placed.check_constant()
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
+        names["grad_dy"] = "grad_grad_output"
         if pass_ == Pass.FORWARD:
             names |= {"saved": "saved", "running_mean": "running_mean", "running_var": "running_var"}
         for name, attribute in names.items():

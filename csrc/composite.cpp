@@ -1,0 +1,126 @@
+#include "composite.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <utility>
+#include <vector>
+
+namespace bn_ext {
+namespace {
+
+bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// The channels of an input as its gradients need them, in the type of its statistics. Without running statistics those
+// of the input normalise it, computed anew so that the graph reaches the input.
+struct Channels {
+  at::ScalarType dtype;
+  std::vector<int64_t> dims{0}, column{1, -1};
+  bool batch;
+  Tensor invstd, normalised, scale;
+
+  Channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& running_mean,
+           const OptionalTensor& running_var, double eps)
+      : dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), batch(!has(running_mean)) {
+    if (input.dim() == 3) {
+      dims.push_back(2);
+      column.push_back(1);
+    }
+    const Tensor x = wide(input), centred = x - (batch ? mean(x) : vector(*running_mean));
+    const Tensor variance = batch ? mean(centred.square()) : vector(*running_var);
+    invstd = at::rsqrt(variance + eps);
+    normalised = centred * invstd;
+    scale = has(weight) ? invstd * vector(*weight) : invstd;
+  }
+
+  Tensor wide(const Tensor& t) const { return t.to(dtype); }
+  Tensor mean(const Tensor& t) const { return t.mean(dims, true); }
+  Tensor vector(const Tensor& t) const { return wide(t).view(column); }
+};
+
+// sum += term, where either may be nothing yet.
+void add(Tensor* sum, const Tensor& term) {
+  if (term.defined()) *sum = sum->defined() ? *sum + term : term;
+}
+
+}  // namespace
+
+// formulas.h's formulas.
+Gradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                             std::array<bool, 3> output_mask) {
+  const Channels c(input, weight, running_mean, running_var, eps);
+  const Tensor dy = c.wide(grad_output);
+  const auto none = [&] { return at::empty({0}, c.normalised.options()); };
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    const Tensor projected = c.batch ? dy - (c.mean(dy) + c.normalised * c.mean(dy * c.normalised)) : dy;
+    grad_input = (projected * c.scale).to(input.scalar_type());
+  } else {
+    grad_input = none();
+  }
+  const auto parameter = has(weight) ? weight->scalar_type() : c.dtype;
+  grad_weight = output_mask[1] ? (dy * c.normalised).sum(c.dims).to(parameter) : none();
+  grad_bias = output_mask[2] ? dy.sum(c.dims).to(parameter) : none();
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// double_formulas.h's formulas.
+Gradients composite_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+                                    const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                    const Tensor& input, const OptionalTensor& weight,
+                                    const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                                    std::array<bool, 3> output_mask) {
+  const Channels c(input, weight, running_mean, running_var, eps);
+  const Tensor dy = c.wide(grad_output);
+  const auto centred = [&](const Tensor& t) { return c.batch ? t - c.mean(t) : t; };
+  Tensor gg, alpha, grad_dy, grad_x, grad_weight;
+  if (has(grad_grad_weight)) alpha = c.vector(*grad_grad_weight);
+  if (has(grad_grad_input)) {
+    const Tensor wide = c.wide(*grad_grad_input);
+    gg = centred(wide);
+    grad_weight = gg * dy;  // summed below
+    if (c.batch) {
+      const Tensor p = c.mean(dy * c.normalised), q = c.mean(gg * c.normalised);
+      const Tensor slope = c.scale * p;
+      add(&alpha, -c.scale * q);
+      // delta without a * p: alpha's own product with p has it, and one of the three p * q.
+      const Tensor delta = c.scale * (c.mean(grad_weight) - p * q) + (alpha - c.scale * q) * p;
+      grad_x = -(gg * slope + c.normalised * delta);
+      grad_weight = grad_weight - p * q;
+    }
+    grad_dy = gg * c.scale;
+  } else if (alpha.defined() && c.batch) {
+    grad_x = -c.normalised * (alpha * c.mean(dy * c.normalised));
+  }
+  if (alpha.defined()) {
+    add(&grad_dy, c.normalised * alpha);
+    add(&grad_x, centred(dy) * alpha);
+  }
+  if (has(grad_grad_bias)) add(&grad_dy, c.vector(*grad_grad_bias));
+  const auto result = [&](const Tensor& t, bool wanted, const Tensor& like) {
+    if (!wanted) return at::empty({0}, c.normalised.options());
+    if (!t.defined()) return at::zeros_like(like);
+    return t.expand_as(like).to(like.scalar_type());
+  };
+  if (grad_x.defined()) grad_x = grad_x * c.invstd;
+  const Tensor of_weight = has(weight) ? *weight : c.invstd.flatten();
+  if (grad_weight.defined()) grad_weight = (grad_weight * c.invstd).sum(c.dims);
+  return {result(grad_dy, output_mask[0], input), result(grad_x, output_mask[1], input),
+          result(grad_weight, output_mask[2], of_weight)};
+}
+
+TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm_composite_backward", composite_backward);
+  m.impl("batch_norm_composite_double_backward", composite_double_backward);
+}
+// vmap over a gradient (jacrev, hessian) goes by the rules of the operations that it is made of.
+TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) {
+  m.impl("batch_norm_composite_backward", composite_backward);
+  m.impl("batch_norm_composite_double_backward", composite_double_backward);
+}
+
+}  // namespace bn_ext
