@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bn_ext
-from reference import assert_within, second_reference
+from reference import GRAD_INPUT_BOUND, GRAD_PARAM_BOUND, assert_within, second_reference
 from support import FLOATS, LAYOUTS, OpLog, error_of, module_for, name_of, normal, pair
 
 ops = torch.ops.bn_ext
@@ -121,6 +121,20 @@ def test_mean_far_from_zero(device: str, shape: tuple[int, ...], ratio: float, t
     for dtype in (torch.float32, F64):
         make(shape, dtype, device, mean=ratio, training=training).check()
         make(shape, dtype, device, mean=ratio * 1e-6, std=1e-6, training=training).check()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(3001, 8), (70, 1300), (7, 3, 999)], ids=str)
+@trainings
+def test_relative_errors(device: str, shape: tuple[int, ...], ratio: float, training: bool) -> None:
+    """In the norm, the promises that first gradients are held to."""
+    call = make(shape, device=device, mean=ratio, training=training)
+    mean, var = call.running or (None, None)
+    right = second_reference(call.x, call.weight, call.grad_output, call.arriving, running_mean=mean, running_var=var)
+    bounds = {"grad_grad_output": GRAD_INPUT_BOUND, "grad_input": GRAD_INPUT_BOUND, "grad_weight": GRAD_PARAM_BOUND}
+    for (name, bound), mine in zip(bounds.items(), call.run(), strict=True):
+        exact = getattr(right, name)
+        assert float((mine.double() - exact).norm() / exact.norm()) <= bound, name
 
 
 @pytest.mark.parametrize("arrives", MASKS, ids=str)
