@@ -116,7 +116,9 @@ class BatchNormTraining(torch.autograd.Function):
         input, weight, saved = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = BatchNormGradients.apply(grad_output, input, weight, saved, None, ctx.eps, mask)  # type: ignore[no-untyped-call]
+            found = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
+                grad_output, input, weight, saved, None, ctx.eps, mask
+            )
         else:
             found = ops.batch_norm_backward(grad_output, input, weight, saved, mask)
         return _only(mask, found, 8)

@@ -197,7 +197,8 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   }
   // A pass that writes while it sums comes back to the incomplete row alone.
   const bool one_pass = r.reduces && r.output && r.pass == Pass::kInferenceBackward;
-  p->read_bytes = r.inputs * (tensor + again + (one_pass ? p->tail * bytes : 0));
+  const int64_t tail = (p->groups - 1 + one_pass) * p->tail * bytes;  // each group of sums reads it for itself
+  p->read_bytes = r.inputs * (tensor + again + tail);
   p->write_bytes = r.written() * tensor;
   p->launches = p->exchange == Exchange::kTwoLaunches ? 2 : 1;
   p->stream_output = r.output && again > 0 && tensor > kStreamedBytes;

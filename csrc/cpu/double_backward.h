@@ -15,7 +15,7 @@ inline DoubleReads read_by_sums(const DoubleBackwardArgs& a) {
   return {dy, gg || dy, gg};
 }
 
-// Where neither gg nor the weight's gradient arrives, the bias's alone makes the result, of no tensor.
+// Where neither gg nor a gradient of grad_weight arrived, what arrived at grad_bias is the result, of no tensor.
 inline DoubleReads read_by_apply(const DoubleBackwardArgs& a) {
   const bool gg(a.gg_x), slope = a.gg_weight || (a.saved && gg);
   return {slope && a.dx, slope && (a.grad_dy || a.saved), gg && (a.grad_dy || a.saved)};
@@ -28,7 +28,7 @@ inline Readers<T, 3> double_readers(const Geometry& g, const DoubleBackwardArgs&
            {g, 3, reads.gg ? a.gg_x.data : nullptr}}};
 }
 
-// Sums of channel c, null where there are none -> the gradient of the weight, coefficients.
+// Sums of channel c, zero where none are needed -> the gradient of the weight, coefficients.
 template <class T>
 inline void finish_double(const DoubleBackwardArgs& a, const double* sums, double invstd, int64_t c, bool reads_x,
                           const CoefficientsOf<DoubleGradInput<T>>& out) {

@@ -139,8 +139,7 @@ Gradients batch_norm_double_backward(const OptionalTensor& grad_grad_input, cons
                                      std::array<bool, 3> output_mask) {
   const c10::cuda::CUDAGuard guard(input.device());
   const Arriving arriving{grad_grad_input, grad_grad_weight, grad_grad_bias};
-  const DoubleBackwardCall call =
-      prepare_double_backward(arriving, grad_output, input, weight, saved, output_mask);
+  const DoubleBackwardCall call = prepare_double_backward(arriving, grad_output, input, weight, saved, output_mask);
   const DoubleBackwardArgs& a = call.args;
   if (call.empty || !(a.grad_dy || a.dx || a.grad_weight)) return call.gradients();
   if (!a.gg_x) return from_parameters(call, arriving, input, saved);

@@ -147,7 +147,7 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v BN_EXT_SITE) {
 
 // ---- 8 or 16 bytes from global into shared memory without passing through registers (sm_80 and later; else load,
 // store) --
-template <int Bytes>
+template <int Bytes = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT
   simt::copy_async(shared, global, Bytes, site);

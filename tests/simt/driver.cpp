@@ -112,37 +112,14 @@ struct Field {
   Field {                                                                     \
     #name, [](const bn_ext::Plan& p) { return static_cast<int64_t>(p.name); } \
   }
-const Field kFields[] = {FIELD(exchange),
-                         FIELD(planes),
-                         FIELD(pooled),
-                         FIELD(stream_output),
-                         FIELD(vector),
-                         FIELD(tx),
-                         FIELD(ty),
-                         FIELD(span),
-                         FIELD(modulo),
-                         FIELD(lanes),
-                         FIELD(groups),
-                         FIELD(column_step),
-                         FIELD(tile_channels),
-                         FIELD(tail),
-                         FIELD(kept),
-                         FIELD(channels),
-                         FIELD(vectors),
-                         FIELD(tiles),
-                         FIELD(fast),
-                         FIELD(rows),
-                         FIELD(inner),
-                         FIELD(step_inner),
-                         FIELD(splits),
-                         FIELD(split_rows),
-                         FIELD(count),
-                         FIELD(launches),
-                         FIELD(blocks()),
-                         FIELD(read_bytes),
-                         FIELD(write_bytes),
-                         FIELD(workspace_bytes),
-                         FIELD(shared_bytes)};
+const Field kFields[] = {
+    FIELD(exchange),    FIELD(planes),      FIELD(pooled),        FIELD(stream_output), FIELD(vector),
+    FIELD(tx),          FIELD(ty),          FIELD(span),          FIELD(modulo),        FIELD(lanes),
+    FIELD(groups),      FIELD(column_step), FIELD(tile_channels), FIELD(tail),          FIELD(kept),
+    FIELD(channels),    FIELD(vectors),     FIELD(tiles),         FIELD(fast),          FIELD(rows),
+    FIELD(inner),       FIELD(step_inner),  FIELD(splits),        FIELD(split_rows),    FIELD(count),
+    FIELD(launches),    FIELD(blocks()),    FIELD(read_bytes),    FIELD(write_bytes),   FIELD(workspace_bytes),
+    FIELD(shared_bytes)};
 
 }  // namespace
 
