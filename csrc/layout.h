@@ -20,7 +20,7 @@ struct Strides {
   int64_t outer = 0, channel = 0, inner = 0;
 };
 
-constexpr int kMaxOperands = 3;
+constexpr int kMaxOperands = 4;
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
 constexpr int64_t kChunkElements = 131072;

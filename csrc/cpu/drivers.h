@@ -58,17 +58,32 @@ inline void finish_channel(const ForwardArgs& a, const Partials& partials, doubl
   }
 }
 
-template <class T>
-inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
+// The geometry of the output, the input and what else is read beside it, what follows the normalisation, and where its
+// coefficients lie: in memory of the driver or, for backward, in `saved`.
+template <class Args>
+inline Geometry geometry_of(const Args& a) {
   const TensorRef operands[] = {a.y, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 2);
+  return make_geometry(a.shape, operands, 2);
+}
+template <class T, class Args>
+inline Unactivated after_of(const Geometry&, const Args&) {
+  return {};
+}
+template <class T, class Args>
+inline NormaliseCoefficients<T> coefficients_of(const Args& a, double* memory) {
+  return {reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
+}
+
+template <class T, class Args>
+inline void forward_typed(const Args& a, const Parallel& par) {
+  const Geometry g = geometry_of(a);
   const int64_t chunks = g.chunks(), channels = g.channels;
   const Scratch scratch((chunks * 3 + 3) * channels);
   const Partials partials{scratch.data(), channels};
-  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data() + chunks * 3 * channels),
-                                              channels};
+  const auto coefficients = coefficients_of<T>(a, scratch.data() + chunks * 3 * channels);
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
+  const auto after = after_of<T>(g, a);
   if (a.num_batches_tracked) ++*a.num_batches_tracked;
   double momentum = a.momentum;
   if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
@@ -85,33 +100,37 @@ inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
       for (int64_t c = b; c < e; ++c) finish_channel<T>(a, partials, momentum, c, coefficients);
     });
     if (g.columns) {
-      normalise_columns(g, x, y, coefficients, Order::kReverse, p);
+      normalise_columns(g, x, y, coefficients, Order::kReverse, p, after);
     } else {
-      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p);
+      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p, after);
     }
   });
 }
 
 template <class T>
-inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
-  const TensorRef operands[] = {a.y, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 2);
+inline void save_statistics(const InferenceArgs&, int64_t, Scalar<T>, Scalar<T>, double) {}
+
+template <class T, class Args>
+inline void inference_typed(const Args& a, const Parallel& par) {
+  const Geometry g = geometry_of(a);
   const Scratch scratch(3 * g.channels);
-  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data()), g.channels};
+  const auto coefficients = coefficients_of<T>(a, scratch.data());
   for_channel_blocks(0, g.channels, 0, par, [&](int64_t b, int64_t e) {
     for (int64_t c = b; c < e; ++c) {
       Scalar<T> hi, lo;
       split(load_element(a.running_mean, c), 0.0, &hi, &lo);
-      const double variance = load_element(a.running_var, c);
-      set_normalise<T>(coefficients, c, hi, lo, variance, inverse_std(variance, a.eps), a.weight, a.bias);
+      const double variance = load_element(a.running_var, c), invstd = inverse_std(variance, a.eps);
+      set_normalise<T>(coefficients, c, hi, lo, variance, invstd, a.weight, a.bias);
+      save_statistics<T>(a, c, hi, lo, invstd);
     }
   });
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
+  const auto after = after_of<T>(g, a);
   if (g.columns) {
-    normalise_columns(g, x, y, coefficients, Order::kForward, par);
+    normalise_columns(g, x, y, coefficients, Order::kForward, par, after);
   } else {
-    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par);
+    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par, after);
   }
 }
 
@@ -166,12 +185,14 @@ inline void finish_gradient(const BackwardArgs& a, const GradSums& sums, const C
 
 // Evaluation: dx = dy * scale, which is a normalise of dy; x is not read.
 template <class T>
-inline void scale_gradient(const BackwardArgs& a, const ChannelState<T>& s, Scalar<T>* memory, const Parallel& par) {
+inline void scale_gradient(const BackwardArgs& a, const Parallel& par) {
   const TensorRef operands[] = {a.dx, a.dy};
   const Geometry g = make_geometry(a.shape, operands, 2);
-  const NormaliseCoefficients<T> coefficients{memory, g.channels};
+  const Scratch scratch(3 * g.channels);
+  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data()), g.channels};
   for (int64_t c = 0; c < g.channels; ++c) {
-    set_normalise<T>(coefficients, c, 0, 0, 0, s.invstd[c], a.weight, VectorRef());
+    const double invstd = inverse_std(load_element(a.running_var, c), a.eps);
+    set_normalise<T>(coefficients, c, 0, 0, 0, invstd, a.weight, VectorRef());
   }
   const Reader<T> dy(g, 1, a.dy.data);
   T* dx = static_cast<T*>(a.dx.data);
@@ -182,10 +203,11 @@ inline void scale_gradient(const BackwardArgs& a, const ChannelState<T>& s, Scal
   }
 }
 
-template <class T>
-inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
-  const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 3);
+// The sums of the gradient that `reduced` gives, the parameter gradients from them and, where `applied` is given, dx of
+// batch statistics from the gradient that it gives: the same one, or its copy with outputs of its own.
+template <class T, class Dy>
+inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy& reduced, const Dy* applied,
+                             const Parallel& par) {
   const int64_t chunks = g.chunks(), channels = g.channels;
   const Scratch scratch((chunks * 2 + 5 + 5) * channels);
   const GradSums sums{scratch.data(), channels};
@@ -195,29 +217,36 @@ inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const ChannelState<T> state{{{of_channels, channels}, {shift, channels}, rest}, rest, invstd};
   const GradCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + 5 * channels), channels};
   for (int64_t c = 0; c < channels; ++c) load_state<T>(a, state, c);
-  if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
-  if (!a.saved && !a.grad_weight && !a.grad_bias) return;
-
-  const Reader<T> dy(g, 1, a.dy.data), x(g, 2, a.x.data);
-  T* dx = a.saved ? static_cast<T*>(a.dx.data) : nullptr;
+  const Reader<T> x(g, 2, a.x.data);
+  T* dx = static_cast<T*>(a.dx.data);
   const bool one_by_one = channel_at_a_time(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, one_by_one, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
     if (g.columns) {
-      reduce_columns(g, dy, x, state.centres, sums, p);
+      reduce_columns(g, reduced, x, state.centres, sums, p);
     } else {
-      reduce_planes(g, dy, x, state.centres, sums, c0, c1, p);
+      reduce_planes(g, reduced, x, state.centres, sums, c0, c1, p);
     }
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       sum_chunks(g, sums, b, e);
       for (int64_t c = b; c < e; ++c) finish_gradient<T>(a, sums, state, c, coefficients);
     });
-    if (!dx) return;
+    if (!applied) return;
     if (g.columns) {
-      grad_input_columns(g, dy, x, dx, coefficients, p);
+      grad_input_columns(g, *applied, x, dx, coefficients, p);
     } else {
-      grad_input_planes(g, dy, x, dx, coefficients, c0, c1, p);
+      grad_input_planes(g, *applied, x, dx, coefficients, c0, c1, p);
     }
   });
+}
+
+template <class T>
+inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
+  if (a.dx && !a.saved) scale_gradient<T>(a, par);
+  if (!a.saved && !a.grad_weight && !a.grad_bias) return;
+  const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
+  const Geometry g = make_geometry(a.shape, operands, 3);
+  const Reader<T> dy(g, 1, a.dy.data);
+  reduce_and_apply<T>(g, a, dy, a.dx && a.saved ? &dy : nullptr, par);
 }
 
 // call(T()) for the element type of `dtype`.

@@ -11,14 +11,14 @@ inline VecC<T> grad_input(VecC<T> dy, VecC<T> centred, const VecC<T>* c) {
 
 // kStream: dx is streamed, and where rows are wider than a task (ahead != 0, see elements_ahead) the inputs are fetched
 // early.
-template <class T, bool kStream>
-inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
+template <class T, bool kStream, class G>
+inline void grad_input_row(const G* dy, const T* x, T* dx, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer_dy[kN], buffer_x[kN];
     if (kStream && ahead != 0) prefetch(dy + v + ahead), prefetch(x + v + ahead);
     VecC<T> vdy[kVectors], vx[kVectors];
-    load_pack(tail ? padded<kN>(dy + v, n - v, T(), buffer_dy) : dy + v, vdy);
+    load_gradient<T>(dy + v, n - v, tail, vdy);
     load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer_x) : x + v, vx);
     for (int u = 0; u < kVectors; ++u) {
       VecC<T> k[5];
@@ -31,15 +31,15 @@ inline void grad_input_row(const T* dy, const T* x, T* dx, int64_t n, int64_t ah
   });
 }
 
-template <class T, bool kStream>
-inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
+template <class T, bool kStream, class G>
+inline void grad_input_run(const G* dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   VecC<T> k[5];
   for (int i = 0; i < 5; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
   for_run<kN>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
     T buffer_dy[kN], buffer_x[kN];
     VecC<T> vdy[kVectors], vx[kVectors];
-    load_pack(tail ? padded<kN>(dy + i, n - i, T(), buffer_dy) : dy + i, vdy);
+    load_gradient<T>(dy + i, n - i, tail, vdy);
     load_pack(tail ? padded<kN>(x + i, n - i, T(), buffer_x) : x + i, vx);
     for (int u = 0; u < kVectors; ++u) vdy[u] = grad_input<T>(vdy[u], vx[u] - k[0], k);
     if (kStream && !tail) return stream_pack(dx + i, vdy);
@@ -48,13 +48,16 @@ inline void grad_input_run(const T* dy, const T* x, T* dx, int64_t n, const Grad
   });
 }
 
-template <class T, bool kStream>
-inline void grad_input_task(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx, const ColumnTask& t,
+template <class T, bool kStream, class Dy>
+inline void grad_input_task(const Geometry& g, const Dy& dy, const Reader<T>& x, T* dx, const ColumnTask& t,
                             const Scalar<T>* const* c) {
-  T buffer_dy[kBlockColumns], buffer_x[kBlockColumns];
+  alignas(64) typename Dy::Element buffer_dy[kBlockColumns];
+  T buffer_x[kBlockColumns];
+  const typename RowsOf<Dy>::type rows(dy, t);
   const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; ++r) {
-    const T *in_dy = dy.row(r, t.v0, t.n, buffer_dy), *in_x = x.row(r, t.v0, t.n, buffer_x);
+    const T* in_x = x.row(r, t.v0, t.n, buffer_x);
+    const auto* in_dy = rows(r, in_x, buffer_dy);
     T* out = lead_row(g, dx, r, t.v0);
     if (kStream && streamable(out)) {
       grad_input_row<T, true>(in_dy, in_x, out, t.n, ahead, c);
@@ -64,8 +67,8 @@ inline void grad_input_task(const Geometry& g, const Reader<T>& dy, const Reader
   }
 }
 
-template <class T>
-inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
+template <class T, class Dy>
+inline void grad_input_columns(const Geometry& g, const Dy& dy, const Reader<T>& x, T* dx,
                                const GradCoefficients<T>& coefficients, const Parallel& par) {
   const bool stream = streams_output(g, sizeof(T));
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
@@ -80,13 +83,15 @@ inline void grad_input_columns(const Geometry& g, const Reader<T>& dy, const Rea
   });
 }
 
-template <class T>
-inline void grad_input_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, T* dx,
+template <class T, class Dy>
+inline void grad_input_planes(const Geometry& g, const Dy& dy, const Reader<T>& x, T* dx,
                               const GradCoefficients<T>& coefficients, int64_t c0, int64_t c1, const Parallel& par) {
   const bool direct = dy.direct() && x.direct(), stream = streams_output(g, sizeof(T));
   for_planes(g, c0, c1, direct, Order::kReverse, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
-    T buffer_dy[kGather], buffer_x[kGather];
-    const T *in_dy = dy.run(o, c, i0, n, buffer_dy), *in_x = x.run(o, c, i0, n, buffer_x);
+    alignas(64) typename Dy::Element buffer_dy[kGather];
+    T buffer_x[kGather];
+    const T* in_x = x.run(o, c, i0, n, buffer_x);
+    const auto* in_dy = dy.run(o, c, i0, n, in_x, buffer_dy, false);
     T* out = lead_run(g, dx, o, c, i0);
     if (stream && streamable(out)) {
       grad_input_run<T, true>(in_dy, in_x, out, n, coefficients, c);

@@ -19,15 +19,30 @@ inline VecD centre(const T* x, VecD mean, VecD rest) {
   return d;
 }
 
+// grad_output of a task's rows. A source of it, `Dy` below, is the Reader of a tensor or an ActivatedGradient.
+template <class Dy>
+struct RowsOf {
+  using type = typename Dy::Rows;
+};
+template <class T>
+struct RowsOf<Reader<T>> {
+  struct type {
+    const Reader<T>& dy;
+    const ColumnTask& t;
+    type(const Reader<T>& source, const ColumnTask& task, bool = false) : dy(source), t(task) {}
+    const T* operator()(int64_t r, const T*, T* buffer) const { return dy.row(r, t.v0, t.n, buffer); }
+  };
+};
+
 // body(count, rows_dy, rows_x) over groups of rows of a task; single rows past the caches, see kStreamBytes.
-template <class T, class Body>
-inline void for_gradient_rows(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
-                              int64_t r0, int64_t r1, T* buffer_dy, T* buffer_x, const Body& body) {
+template <class T, class Rows, class G, class Body>
+inline void for_gradient_rows(const Geometry& g, const Rows& dy, const Reader<T>& x, const ColumnTask& t, int64_t r0,
+                              int64_t r1, G* buffer_dy, T* buffer_x, const Body& body) {
   int64_t r = r0;
   const auto pair = [&](auto count, const T* const* rows_x) {
     constexpr int kRows = decltype(count)::value;
-    const T* rows_dy[kRows];
-    for (int j = 0; j < kRows; ++j) rows_dy[j] = dy.row(r + j, t.v0, t.n, buffer_dy + j * kBlockColumns);
+    const G* rows_dy[kRows];
+    for (int j = 0; j < kRows; ++j) rows_dy[j] = dy(r + j, rows_x[j], buffer_dy + j * kBlockColumns);
     body(count, rows_dy, rows_x);
     r += kRows;
   };
@@ -38,11 +53,12 @@ inline void for_gradient_rows(const Geometry& g, const Reader<T>& dy, const Read
   }
 }
 
-template <class T, int kRows>
-inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int64_t n, const double* const* mean,
+template <class T, int kRows, class G>
+inline void accumulate_gradient_rows(const G* const* dy, const T* const* x, int64_t n, const double* const* mean,
                                      double* sum, double* dot) {
   for_vectors<kLanesD>(n, [&](int64_t v, auto tail) {
-    T buffer_x[kLanesD], buffer_dy[kLanesD];
+    T buffer_x[kLanesD];
+    G buffer_dy[kLanesD];
     double buffer_mean[kLanesD], buffer_rest[kLanesD];
     const int64_t left = n - v;
     const auto m = load_raw<VecD>(tail ? padded<kLanesD>(mean[0] + v, left, 0.0, buffer_mean) : mean[0] + v);
@@ -52,7 +68,7 @@ inline void accumulate_gradient_rows(const T* const* dy, const T* const* x, int6
       prefetch_ahead(x[j] + v);
       prefetch_ahead(dy[j] + v);
       const T* px = tail ? padded<kLanesD>(x[j] + v, left, T(), buffer_x) : x[j] + v;
-      const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, T(), buffer_dy) : dy[j] + v);
+      const VecD g = load_double(tail ? padded<kLanesD>(dy[j] + v, left, G(), buffer_dy) : dy[j] + v);
       a += g;
       b += g * centre(px, m, rest);
     }
@@ -91,50 +107,56 @@ inline bool store_gradient_columns(const Geometry& g, const ColumnTask& t, doubl
 }
 
 // Columns of a task in double, which holds whatever the values are; `redo` as in store_gradient_columns.
-template <class T>
-inline void gradient_columns_double(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
+template <class T, class Dy>
+inline void gradient_columns_double(const Geometry& g, const Dy& dy, const Reader<T>& x, const ColumnTask& t,
                                     const Means& means, const GradSums& sums, const bool* redo = nullptr) {
   alignas(64) double sum[kBlockColumns], dot[kBlockColumns];
   alignas(64) double expanded[2 * kBlockColumns];
-  T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
+  alignas(64) typename Dy::Element buffer_dy[kGradientRowGroup * kBlockColumns];
+  T buffer_x[kGradientRowGroup * kBlockColumns];
+  const typename RowsOf<Dy>::type rows(dy, t, true);
   const double* mean[2];
   means.expand(g, t.v0, t.n, expanded, mean);
   const int64_t size = padded_size(t.n);
   std::fill(sum, sum + size, 0.0);
   std::fill(dot, dot + size, 0.0);
-  for_gradient_rows(g, dy, x, t, t.r0, t.r1, buffer_dy, buffer_x,
-                    [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
+  for_gradient_rows(g, rows, x, t, t.r0, t.r1, buffer_dy, buffer_x,
+                    [&](auto count, const auto* const* rows_dy, const T* const* rows_x) {
                       accumulate_gradient_rows<T, decltype(count)::value>(rows_dy, rows_x, t.n, mean, sum, dot);
                     });
   store_gradient_columns(g, t, sum, dot, sums, redo, nullptr, [](int64_t, double, double d) { return d; });
 }
 
 // body(n, pdy, px) over the pieces of a chunk of one channel.
-template <class T, class Body>
-inline void for_gradient_runs(const Reader<T>& dy, const Reader<T>& x, const PlaneChunk& p, int64_t c,
+template <class T, class Dy, class Body>
+inline void for_gradient_runs(const Dy& dy, const Reader<T>& x, const PlaneChunk& p, int64_t c, bool in_order,
                               const Body& body) {
-  T buffer_dy[kGather], buffer_x[kGather];
+  alignas(64) typename Dy::Element buffer_dy[kGather];
+  T buffer_x[kGather];
   const int64_t step = dy.direct() && x.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
     for (int64_t i = 0; i < p.n; i += step) {
       const int64_t n = std::min(step, p.n - i);
-      body(n, dy.run(o, c, p.i0 + i, n, buffer_dy), x.run(o, c, p.i0 + i, n, buffer_x));
+      const T* px = x.run(o, c, p.i0 + i, n, buffer_x);
+      body(n, dy.run(o, c, p.i0 + i, n, px, buffer_dy, in_order), px);
     }
   }
 }
 
-template <class T>
-inline void gradient_planes_double(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
+template <class T, class Dy>
+inline void gradient_planes_double(const Geometry& g, const Dy& dy, const Reader<T>& x, int64_t chunk, int64_t c,
                                    const Means& means, const GradSums& sums) {
   const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
   RunSums acc;
-  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
+  using G = typename Dy::Element;
+  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, true, [&](int64_t n, const G* pdy, const T* px) {
     for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
-      T tail_x[kLanesD], tail_dy[kLanesD];
+      T tail_x[kLanesD];
+      G tail_dy[kLanesD];
       prefetch_ahead(px + j);
       prefetch_ahead(pdy + j);
       const T* at_x = tail ? padded<kLanesD>(px + j, n - j, T(), tail_x) : px + j;
-      const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, T(), tail_dy) : pdy + j);
+      const VecD v = load_double(tail ? padded<kLanesD>(pdy + j, n - j, G(), tail_dy) : pdy + j);
       acc.s1[u] += v;
       acc.s2[u] += v * centre(at_x, mean, rest);
     });

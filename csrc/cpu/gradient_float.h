@@ -14,12 +14,14 @@ struct Centres {
 
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kRows>
-inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x, int64_t n, const float* shift,
+template <class T, int kRows, class G>
+inline void accumulate_gradient_rows_float(const G* const* dy, const T* const* x, int64_t n, const float* shift,
                                            int64_t ahead, float* sum, float* dot) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    if (kRows == 1) prefetch(dy[0] + v + ahead), prefetch(x[0] + v + ahead);
+    constexpr bool kFromMemory = std::is_same<G, T>::value;
+    if (kRows == 1 && kFromMemory) prefetch(dy[0] + v + ahead);
+    if (kRows == 1) prefetch(x[0] + v + ahead);
     VecF k[kVectors], s[kVectors] = {}, d[kVectors] = {};
     for (int u = 0; u < kVectors; ++u) k[u] = load_raw<VecF>(shift + v + u * kLanesF);
     const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
@@ -29,9 +31,9 @@ inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
       VecF vdy[kVectors], vx[kVectors], more_dy[kVectors], more_x[kVectors];
-      load(dy[j], vdy);
+      load_gradient<T>(dy[j] + v, n - v, tail, vdy);
       load(x[j], vx);
-      if (two) load(dy[j + 1], more_dy), load(x[j + 1], more_x);
+      if (two) load_gradient<T>(dy[j + 1] + v, n - v, tail, more_dy), load(x[j + 1], more_x);
       for (int u = 0; u < kVectors; ++u) {
         VecF product = vdy[u] * (vx[u] - k[u]), sum_dy = vdy[u];
         if (two) product += more_dy[u] * (more_x[u] - k[u]), sum_dy += more_dy[u];
@@ -47,12 +49,14 @@ inline void accumulate_gradient_rows_float(const T* const* dy, const T* const* x
   });
 }
 
-template <class T>
-inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const ColumnTask& t,
+template <class T, class Dy>
+inline void gradient_columns_float(const Geometry& g, const Dy& dy, const Reader<T>& x, const ColumnTask& t,
                                    const Centres<T>& centres, const GradSums& sums) {
   alignas(64) float shift[kBlockColumns], f1[kBlockColumns], f2[kBlockColumns];
   alignas(64) double sum[kBlockColumns], dot[kBlockColumns], in_order[kBlockColumns];
-  T buffer_dy[kGradientRowGroup * kBlockColumns], buffer_x[kGradientRowGroup * kBlockColumns];
+  alignas(64) typename Dy::Element buffer_dy[kGradientRowGroup * kBlockColumns];
+  T buffer_x[kGradientRowGroup * kBlockColumns];
+  const typename RowsOf<Dy>::type rows(dy, t);
   const int64_t size = packed_size<T>(t.n);
   for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
   for (double* s : {sum, dot}) std::fill(s, s + size, 0.0);
@@ -62,8 +66,8 @@ inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const
   const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
   const int64_t ahead = elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; r += batch) {
-    for_gradient_rows(g, dy, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
-                      [&](auto count, const T* const* rows_dy, const T* const* rows_x) {
+    for_gradient_rows(g, rows, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
+                      [&](auto count, const auto* const* rows_dy, const T* const* rows_x) {
                         constexpr int kRows = decltype(count)::value;
                         accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], ahead, f1, f2);
                       });
@@ -82,31 +86,34 @@ inline void gradient_columns_float(const Geometry& g, const Reader<T>& dy, const
   if (any) gradient_columns_double(g, dy, x, t, centres.means, sums, unsafe);
 }
 
-template <class T>
-inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, float shift, int64_t ahead,
+template <class T, class G>
+inline void accumulate_gradient_run_float(const G* dy, const T* x, int64_t n, float shift, int64_t ahead,
                                           FloatRunSums* sums) {
   constexpr int kN = 2 * kLanesF;
-  constexpr int64_t kPiece = kFlush * 4 * kN, kLine = 64 / sizeof(T);
+  constexpr int64_t kFlushed = kFlush * 4 * kN, kLine = 64 / sizeof(T);
+  constexpr bool kFromMemory = std::is_same<G, T>::value;
   const VecF k = VecF{} + shift;
-  for (int64_t i0 = 0; i0 < n; i0 += kPiece) {
-    const int64_t m = std::min(kPiece, n - i0), addends = (m + 4 * kN - 1) / (4 * kN) + 4;
+  for (int64_t i0 = 0; i0 < n; i0 += kFlushed) {
+    const int64_t m = std::min(kFlushed, n - i0), addends = (m + 4 * kN - 1) / (4 * kN) + 4;
     if (sums->pending + addends > kFlush + 4) sums->flush();
     sums->pending += addends;
     VecF a[4], b[4];
     for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
     for_run<kN>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-      T tail_x[kN], tail_dy[kN];
+      T tail_x[kN];
+      G tail_dy[kN];
       for (int64_t line = 0; line < kN; line += kLine) {
         if (u * kN % kLine != 0) continue;
         prefetch(x + i0 + i + line + ahead);
-        prefetch(dy + i0 + i + line + ahead);
+        if (kFromMemory) prefetch(dy + i0 + i + line + ahead);
       }
       const T* px = tail ? padded<kN>(x + i0 + i, m - i, T(), tail_x) : x + i0 + i;
-      const T* pdy = tail ? padded<kN>(dy + i0 + i, m - i, T(), tail_dy) : dy + i0 + i;
+      // Computed gradients have zeros behind them.
+      const G* pdy = tail && kFromMemory ? padded<kN>(dy + i0 + i, m - i, G(), tail_dy) : dy + i0 + i;
       VecF vx[2], vdy[2];
       for (int w = 0; w < 2; w += kPackVectors<T>) {
         load_pack(px + w * kLanesF, vx + w);
-        load_pack(pdy + w * kLanesF, vdy + w);
+        load_gradient<T>(pdy + w * kLanesF, 0, std::false_type(), vdy + w);
       }
       a[u] += vdy[0] + vdy[1];
       b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
@@ -115,13 +122,13 @@ inline void accumulate_gradient_run_float(const T* dy, const T* x, int64_t n, fl
   }
 }
 
-template <class T>
-inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, int64_t chunk, int64_t c,
+template <class T, class Dy>
+inline void gradient_planes_float(const Geometry& g, const Dy& dy, const Reader<T>& x, int64_t chunk, int64_t c,
                                   const Centres<T>& centres, const GradSums& sums) {
   const float shift = centres.shift.row(0)[c];
   const int64_t ahead = elements_ahead(g, sizeof(T), g.inner);
   FloatRunSums acc;
-  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, [&](int64_t n, const T* pdy, const T* px) {
+  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, false, [&](int64_t n, const auto* pdy, const T* px) {
     accumulate_gradient_run_float(pdy, px, n, shift, ahead, &acc);
   });
   acc.flush();
@@ -131,8 +138,8 @@ inline void gradient_planes_float(const Geometry& g, const Reader<T>& dy, const 
   sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
 }
 
-template <class T>
-inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
+template <class T, class Dy>
+inline void reduce_columns(const Geometry& g, const Dy& dy, const Reader<T>& x, const Centres<T>& centres,
                            const GradSums& sums, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -146,8 +153,8 @@ inline void reduce_columns(const Geometry& g, const Reader<T>& dy, const Reader<
   });
 }
 
-template <class T>
-inline void reduce_planes(const Geometry& g, const Reader<T>& dy, const Reader<T>& x, const Centres<T>& centres,
+template <class T, class Dy>
+inline void reduce_planes(const Geometry& g, const Dy& dy, const Reader<T>& x, const Centres<T>& centres,
                           const GradSums& sums, int64_t c0, int64_t c1, const Parallel& par) {
   const int64_t chunks = g.chunks();
   parallel_for(par, (c1 - c0) * chunks, g.run_length() * g.chunk_outer(), [&](int64_t begin, int64_t end) {

@@ -112,16 +112,23 @@ inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body)
   for (int64_t i = 0; i < end - begin; ++i) body(order == Order::kForward ? begin + i : end - 1 - i);
 }
 
-template <class T, bool kStream>
-inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t,
-                           const Scalar<T>* const* c) {
+// What follows the normalisation in the same pass: nothing, or activated.h's Activated.
+struct Unactivated {
+  static constexpr bool direct() { return true; }
+};
+
+template <class T, bool kStream, class After>
+inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t, const Scalar<T>* const* c,
+                           const After& after) {
   T buffer[kBlockColumns];
   const bool centred = !all_zero(c[0], packed_size<T>(t.n));
   const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; ++r) {
     const T* in = x.row(r, t.v0, t.n, buffer);
     T* out = lead_row(g, y, r, t.v0);
-    if (kStream && !streamable(out)) {
+    if constexpr (!std::is_same<After, Unactivated>::value) {
+      after.row(g, in, out, t, r, kStream && streamable(out), ahead, c);
+    } else if (kStream && !streamable(out)) {
       normalise_row<T, true, false>(in, out, t.n, ahead, c);
     } else if (centred) {
       normalise_row<T, true, kStream>(in, out, t.n, ahead, c);
@@ -131,9 +138,9 @@ inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const Co
   }
 }
 
-template <class T>
+template <class T, class After = Unactivated>
 inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                              Order order, const Parallel& par) {
+                              Order order, const Parallel& par, const After& after = After()) {
   const bool stream = streams_output(g, sizeof(T));
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[3 * kBlockColumns];
@@ -141,7 +148,7 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
-      stream ? normalise_task<T, true>(g, x, y, t, c) : normalise_task<T, false>(g, x, y, t, c);
+      stream ? normalise_task<T, true>(g, x, y, t, c, after) : normalise_task<T, false>(g, x, y, t, c, after);
     });
     stream_fence();
   });
@@ -171,15 +178,17 @@ inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, O
   });
 }
 
-template <class T>
+template <class T, class After = Unactivated>
 inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                             int64_t c0, int64_t c1, Order order, const Parallel& par) {
+                             int64_t c0, int64_t c1, Order order, const Parallel& par, const After& after = After()) {
   const bool stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, x.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+  for_planes(g, c0, c1, x.direct() && after.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
     T buffer[kGather];
     const T* in = x.run(o, c, i0, n, buffer);
     T* out = lead_run(g, y, o, c, i0);
-    if (stream && streamable(out)) {
+    if constexpr (!std::is_same<After, Unactivated>::value) {
+      after.run(g, in, out, o, c, i0, n, stream && streamable(out), coefficients);
+    } else if (stream && streamable(out)) {
       normalise_run<T, true>(in, out, n, coefficients, c);
     } else {
       normalise_run<T, false>(in, out, n, coefficients, c);

@@ -15,6 +15,7 @@
 #define BN_EXT_X86 1
 #endif
 
+#include "activation.h"
 #include "formulas.h"
 #include "kernels.h"
 #include "layout.h"

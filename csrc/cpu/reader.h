@@ -4,6 +4,8 @@
 template <class T>
 class Reader {
  public:
+  using Element = T;
+
   Reader(const Geometry& g, int operand, const void* data)
       : g_(g), k_(operand), base_(static_cast<const T*>(data)), direct_(g.direct(operand)) {}
 
@@ -33,6 +35,10 @@ class Reader {
     if (direct_) return run;
     for (int64_t j = 0; j < n; ++j) buffer[j] = run[j * s.inner];
     return buffer;
+  }
+  // As a source of gradients (gradient.h), which may depend on x.
+  const T* run(int64_t o, int64_t c, int64_t i0, int64_t n, const T*, T* buffer, bool) const {
+    return run(o, c, i0, n, buffer);
   }
 
  private:

@@ -1,0 +1,410 @@
+// y = act((x - mean_hi) * scale + shift + residual) over rows and runs, and the gradient of that with respect to its
+// argument, one row or run at a time in a buffer that backward's bodies read in the place of grad_output.
+// Included inside the level's namespace.
+
+template <class S, class V>
+struct Words {
+  using type = typename VecOf<std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>, sizeof(V) / sizeof(S)>::type;
+};
+#include "activation_math.h"
+
+// One bit for each element of a pack, in memory's order, from comparisons of its vectors.
+template <class T, class M>
+inline uint32_t bits_of_pack(const M* hit) {
+  uint32_t bits = 0;
+#if defined(BN_EXT_X86)
+  if constexpr (kPackVectors<T> == 2) {
+    const auto both = (hit[0] & 0xffff) | (hit[1] & static_cast<int32_t>(0xffff0000));  // 16 bits an element
+#if BN_LEVEL >= 2
+    bits = _mm512_movepi16_mask((__m512i)both);
+#elif BN_LEVEL >= 1
+    const uint32_t bytes = _mm256_movemask_epi8(_mm256_packs_epi16((__m256i)both, _mm256_setzero_si256()));
+    bits = (bytes & 0xff) | (bytes >> 8 & 0xff00);
+#else
+    bits = _mm_movemask_epi8(_mm_packs_epi16((__m128i)both, _mm_setzero_si128()));
+#endif
+  } else if constexpr (sizeof(hit[0][0]) == 4) {
+#if BN_LEVEL >= 2
+    bits = _mm512_movepi32_mask((__m512i)hit[0]);
+#elif BN_LEVEL >= 1
+    bits = _mm256_movemask_ps((__m256)hit[0]);
+#else
+    bits = _mm_movemask_ps((__m128)hit[0]);
+#endif
+  } else {
+#if BN_LEVEL >= 2
+    bits = _mm512_movepi64_mask((__m512i)hit[0]);
+#elif BN_LEVEL >= 1
+    bits = _mm256_movemask_pd((__m256d)hit[0]);
+#else
+    bits = _mm_movemask_pd((__m128d)hit[0]);
+#endif
+  }
+#else
+  for (int u = 0; u < kPackVectors<T>; ++u) {
+    for (int j = 0; j < Compute<T>::lanes; ++j) bits |= uint32_t(hit[u][j] != 0) << (j * kPackVectors<T> + u);
+  }
+#endif
+  return bits;
+}
+
+inline uint64_t load_bytes(const uint8_t* p, int count) {
+  uint64_t word = 0;
+  for (int i = 0; i < count; ++i) word |= uint64_t(p[i]) << (8 * i);
+  return word;
+}
+
+// n bits into a mask of zeros, from bit `at` on. Rows that other threads write may begin and end in the same bytes.
+inline void store_bits(uint8_t* mask, int64_t at, uint64_t* bits, int64_t n) {
+  const int shift = at % 8;
+  uint8_t* to = mask + at / 8;
+  const int64_t bytes = (shift + n + 7) / 8;
+  if (n % 64 != 0) bits[n / 64] &= (uint64_t(1) << n % 64) - 1;
+  const auto byte = [&](int64_t i) {
+    const int64_t bit = 8 * i - shift, word = bit < 0 ? 0 : bit / 64, left = bit < 0 ? 0 : bit % 64;
+    uint64_t value = bit < 0 ? bits[0] << -bit : bits[word] >> left;
+    if (bit >= 0 && left > 56 && 64 * (word + 1) < n) value |= bits[word + 1] << (64 - left);
+    return static_cast<uint8_t>(value);
+  };
+  const int64_t first = shift != 0, last = (shift + n) % 8 != 0 ? bytes - 1 : bytes;
+  if (shift == 0) {
+    for (int64_t i = 0; i < last / 8; ++i) {
+      for (int j = 0; j < 8; ++j) to[8 * i + j] = static_cast<uint8_t>(bits[i] >> (8 * j));
+    }
+    for (int64_t i = last / 8 * 8; i < last; ++i) to[i] = byte(i);
+  } else {
+    for (int64_t i = first; i < last; ++i) to[i] = byte(i);
+    __atomic_fetch_or(to, byte(0), __ATOMIC_RELAXED);
+  }
+  if (last < bytes && (last > 0 || first == 0)) __atomic_fetch_or(to + last, byte(last), __ATOMIC_RELAXED);
+}
+
+constexpr int64_t kPiece = kGather;  // the longest row or run that is handled at once
+static_assert(kBlockColumns <= kPiece, "a row of a task is one piece");
+
+// What one piece needs to know; coefficients of mean_hi, scale, shift by column (in packs), or of a run's channel.
+template <class T>
+struct Piece {
+  int64_t n;
+  const Scalar<T>* c[3];
+  int64_t at;  // offset in the output
+};
+
+template <class T, bool kRun>
+inline void load_coefficients(const Piece<T>& p, int64_t v, VecC<T>* k) {
+  for (int i = 0; i < 3; ++i) {
+    k[i] = kRun ? VecC<T>{} + *p.c[i] : load_raw<VecC<T>>(p.c[i] + v);
+  }
+}
+
+template <class T, bool kRun, class Act>
+inline void activate_piece(const Piece<T>& p, const T* x, const T* residual, T* y, uint8_t* mask, bool stream,
+                           int64_t ahead, const Act& act) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  uint64_t words[kPiece / 64 + 1];
+  uint64_t word = 0;
+  for_vectors<kN>(p.n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    T buffer[kN];
+    if (ahead != 0) prefetch(x + v + ahead);
+    VecC<T> value[kVectors], other[kVectors];
+    load_pack(tail ? padded<kN>(x + v, p.n - v, T(), buffer) : x + v, value);
+    if (residual) load_pack(tail ? padded<kN>(residual + v, p.n - v, T(), buffer) : residual + v, other);
+    for (int u = 0; u < kVectors; ++u) {
+      VecC<T> k[3];
+      load_coefficients<T, kRun>(p, v + u * kLanes, k);
+      value[u] = normalise<T>(value[u], k[0], k[1], k[2]);
+      if (residual) value[u] += other[u];
+    }
+    if constexpr (Act::kBySign) {
+      if (mask) {
+        decltype(act.passes(value[0])) hit[kVectors];
+        for (int u = 0; u < kVectors; ++u) hit[u] = act.passes(value[u]);
+        word |= uint64_t(bits_of_pack<T>(hit)) << v % 64;
+        if (tail || (v + kN) % 64 == 0) words[v / 64] = word, word = 0;
+      }
+    }
+    for (int u = 0; u < kVectors; ++u) value[u] = act(value[u]);
+    if (stream && !tail) return stream_pack(y + v, value);
+    store_pack(tail ? buffer : y + v, value);
+    if (tail) std::copy(buffer, buffer + (p.n - v), y + v);
+  });
+  if constexpr (Act::kBySign) {
+    if (mask) {
+      if (p.n % kN == 0 && p.n % 64 != 0) words[p.n / 64] = word;
+      store_bits(mask, p.at, words, p.n);
+    }
+  }
+}
+
+// Forward's and evaluation's y, in the place of the plain row and run of normalise.h.
+template <class T>
+class Activated {
+ public:
+  Activated(const Geometry& g, const Epilogue& e, int operand)
+      : e_(e), residual_(g, operand, e.residual.data), has_residual_(e.residual) {}
+
+  bool direct() const { return (!has_residual_ || residual_.direct()) && !e_.mask; }
+
+  void row(const Geometry& g, const T* x, T* y, const ColumnTask& t, int64_t r, bool stream, int64_t ahead,
+           const Scalar<T>* const* c) const {
+    T buffer[kBlockColumns];
+    const T* residual = has_residual_ ? residual_.row(r, t.v0, t.n, buffer) : nullptr;
+    piece<false>({t.n, {c[0], c[1], c[2]}, g.row_offset(0, r) + t.v0}, x, residual, y, stream, ahead);
+  }
+  void run(const Geometry& g, const T* x, T* y, int64_t o, int64_t c, int64_t i0, int64_t n, bool stream,
+           const NormaliseCoefficients<T>& k) const {
+    T buffer[kGather];
+    const T* residual = has_residual_ ? residual_.run(o, c, i0, n, buffer) : nullptr;
+    const int64_t at = o * g.strides[0].outer + c * g.strides[0].channel + i0;
+    piece<true>({n, {k.row(0) + c, k.row(1) + c, k.row(2) + c}, at}, x, residual, y, stream, 0);
+  }
+
+ private:
+  template <bool kRun>
+  void piece(const Piece<T>& p, const T* x, const T* residual, T* y, bool stream, int64_t ahead) const {
+    with_activation<Scalar<T>>(e_.activation, static_cast<Scalar<T>>(e_.negative_slope), [&](const auto& act) {
+      activate_piece<T, kRun>(p, x, residual, y, e_.mask, stream, ahead, act);
+    });
+  }
+  const Epilogue& e_;
+  Reader<T> residual_;
+  bool has_residual_;
+};
+
+// What drivers.h asks of its arguments, for those with a residual and an activation.
+template <class Args>
+inline Geometry geometry_with_residual(const Args& a) {
+  // The output stands in for an absent residual: it constrains nothing.
+  const TensorRef operands[] = {a.y, a.x, a.epilogue.residual ? a.epilogue.residual : a.y};
+  return make_geometry(a.shape, operands, 3);
+}
+inline Geometry geometry_of(const ActivatedForwardArgs& a) { return geometry_with_residual(a); }
+inline Geometry geometry_of(const ActivatedInferenceArgs& a) { return geometry_with_residual(a); }
+
+template <class T>
+inline Activated<T> after_of(const Geometry& g, const ActivatedForwardArgs& a) {
+  return Activated<T>(g, a.epilogue, 2);
+}
+template <class T>
+inline Activated<T> after_of(const Geometry& g, const ActivatedInferenceArgs& a) {
+  return Activated<T>(g, a.epilogue, 2);
+}
+
+template <class T>
+inline NormaliseCoefficients<T> saved_coefficients(void* saved, int64_t channels) {
+  return {static_cast<Scalar<T>*>(saved) + kSavedCoefficients * channels, channels};
+}
+template <class T>
+inline NormaliseCoefficients<T> coefficients_of(const ActivatedForwardArgs& a, double*) {
+  return saved_coefficients<T>(a.saved, a.shape.c);
+}
+template <class T>
+inline NormaliseCoefficients<T> coefficients_of(const ActivatedInferenceArgs& a, double* memory) {
+  if (a.saved) return saved_coefficients<T>(a.saved, a.shape.c);
+  return {reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
+}
+
+template <class T>
+inline void save_statistics(const ActivatedInferenceArgs& a, int64_t c, Scalar<T> hi, Scalar<T> lo, double invstd) {
+  if (!a.saved) return;
+  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
+  saved[0] = hi;
+  saved[a.shape.c] = lo;
+  saved[2 * a.shape.c] = static_cast<Scalar<T>>(invstd);
+}
+
+// ---- backward ----
+
+// A value of a buffer that holds gradients in the compute type, pack by pack, whole packs long.
+template <class S>
+struct Computed {
+  S value;
+};
+template <class S>
+struct Compute<Computed<S>> : Compute<S> {};
+template <int N, class S>
+inline Vec<S, N> widen(const Computed<S>* p) {
+  return load_raw<Vec<S, N>>(p);
+}
+
+// A pack of gradients, of T as it lies in memory or computed.
+template <class T, class G, class Tail>
+__attribute__((always_inline)) inline void load_gradient(const G* p, int64_t left, Tail tail, VecC<T>* v) {
+  if constexpr (std::is_same<G, T>::value) {
+    T buffer[kPack<T>];
+    load_pack(tail ? padded<kPack<T>>(p, left, T(), buffer) : p, v);
+  } else {
+    for (int u = 0; u < kPackVectors<T>; ++u) v[u] = load_raw<VecC<T>>(p + u * Compute<T>::lanes);
+  }
+}
+
+// act'((x - mean_hi) * scale + shift + residual) * dy, with forward's very coefficients.
+template <class T, bool kRun, class Act>
+inline void gradient_piece(const Piece<T>& p, const T* dy, const T* x, const T* residual, Scalar<T>* out,
+                           const Act& act) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  for_vectors<kN>(p.n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    T buffer[kN];
+    prefetch_ahead(dy + v);
+    prefetch_ahead(x + v);
+    const auto load = [&](const T* from, VecC<T>* to) __attribute__((always_inline)) {
+      load_pack(tail ? padded<kN>(from + v, p.n - v, from[p.n - 1], buffer) : from + v, to);
+    };
+    VecC<T> g[kVectors], value[kVectors], other[kVectors];
+    load(dy, g);
+    load(x, value);
+    if (residual) load(residual, other);
+    for (int u = 0; u < kVectors; ++u) {
+      VecC<T> k[3];
+      load_coefficients<T, kRun>(p, v + u * kLanes, k);
+      value[u] = normalise<T>(value[u], k[0], k[1], k[2]);
+      if (residual) value[u] += other[u];
+      store_raw(out + v + u * kLanes, act.gradient(g[u], value[u]));
+    }
+  });
+}
+
+// The same by forward's mask.
+template <class T, class Act>
+inline void masked_gradient_piece(int64_t n, const T* dy, const uint8_t* mask, int64_t at, Scalar<T>* out,
+                                  const Act& act) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  using M = typename Words<Scalar<T>, VecC<T>>::type;
+  M one[kVectors];
+  for (int u = 0; u < kVectors; ++u) {
+    for (int j = 0; j < kLanes; ++j) one[u][j] = 1u << (j * kVectors + u);
+  }
+  for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    T buffer[kN];
+    prefetch_ahead(dy + v);
+    VecC<T> g[kVectors];
+    load_pack(tail ? padded<kN>(dy + v, n - v, T(), buffer) : dy + v, g);
+    const uint32_t bits = static_cast<uint32_t>(load_bytes(mask + (at + v) / 8, 8) >> (at + v) % 8);
+    for (int u = 0; u < kVectors; ++u) {
+      const auto passes = ((M{} + bits) & one[u]) != 0;
+      store_raw(out + v + u * kLanes, passes ? g[u] : act.blocked(g[u]));
+    }
+  });
+}
+
+// Gradients of a buffer, times the scale if wanted, to a tensor of the output's strides.
+template <class T, bool kRun>
+inline void store_piece(const Piece<T>& p, const Scalar<T>* g, bool scaled, T* out, bool stream) {
+  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  for_vectors<kN>(p.n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+    T buffer[kN];
+    VecC<T> value[kVectors];
+    for (int u = 0; u < kVectors; ++u) {
+      value[u] = load_raw<VecC<T>>(g + v + u * kLanes);
+      if (scaled) value[u] *= kRun ? VecC<T>{} + *p.c[1] : load_raw<VecC<T>>(p.c[1] + v + u * kLanes);
+    }
+    if (stream && !tail) return stream_pack(out + v, value);
+    store_pack(tail ? buffer : out + v, value);
+    if (tail) std::copy(buffer, buffer + (p.n - v), out + v);
+  });
+}
+
+// The gradient of the activation's argument: what backward of the batch norm takes as its grad_output. As it is made,
+// piece by piece, it can go to grad_residual and, times the scale, to the dx of an evaluation.
+template <class T>
+class ActivatedGradient {
+ public:
+  using Element = Computed<Scalar<T>>;
+
+  ActivatedGradient(const Geometry& g, const ActivatedBackwardArgs& a, int dy, int residual)
+      : g_(g),
+        e_(a.epilogue),
+        dy_(g, dy, a.dy.data),
+        residual_(g, residual, a.epilogue.residual.data),
+        coefficients_{static_cast<Scalar<T>*>(const_cast<void*>(a.saved)) + kSavedCoefficients * a.shape.c, a.shape.c} {
+  }
+  // Outputs that are written with the pieces; nullptr for none.
+  ActivatedGradient with_outputs(T* grad_residual, T* scaled, bool stream) const {
+    ActivatedGradient r = *this;
+    r.grad_residual_ = grad_residual;
+    r.scaled_ = scaled;
+    r.stream_ = stream;
+    return r;
+  }
+
+  static constexpr bool direct() { return false; }
+
+  class Rows {
+   public:
+    // in_order: as memory lies and not in packs.
+    Rows(const ActivatedGradient& from, const ColumnTask& t, bool in_order = false)
+        : from_(from), t_(t), in_order_(in_order) {
+      from.coefficients_.template expand_packs<T>(from.g_, t.v0, t.n, expanded_, c_);
+    }
+    const Element* operator()(int64_t r, const T* x, Element* buffer) const {
+      T memory[2 * kBlockColumns];
+      const T* dy = from_.dy_.row(r, t_.v0, t_.n, memory);
+      const T* residual = from_.has_residual() ? from_.residual_.row(r, t_.v0, t_.n, memory + kBlockColumns) : nullptr;
+      const Piece<T> p{t_.n, {c_[0], c_[1], c_[2]}, from_.g_.row_offset(0, r) + t_.v0};
+      from_.template piece<false>(p, dy, x, residual, buffer, in_order_);
+      return buffer;
+    }
+
+   private:
+    const ActivatedGradient& from_;
+    const ColumnTask& t_;
+    bool in_order_;
+    alignas(64) Scalar<T> expanded_[3 * kBlockColumns];
+    const Scalar<T>* c_[3];
+  };
+
+  const Element* run(int64_t o, int64_t c, int64_t i0, int64_t n, const T* x, Element* buffer,
+                     bool in_order = false) const {
+    T memory[2 * kGather];
+    const T* dy = dy_.run(o, c, i0, n, memory);
+    const T* residual = has_residual() ? residual_.run(o, c, i0, n, memory + kGather) : nullptr;
+    const Piece<T> p{n,
+                     {coefficients_.row(0) + c, coefficients_.row(1) + c, coefficients_.row(2) + c},
+                     o * g_.strides[0].outer + c * g_.strides[0].channel + i0};
+    piece<true>(p, dy, x, residual, buffer, in_order);
+    return buffer;
+  }
+
+ private:
+  bool has_residual() const { return e_.residual && !e_.mask; }
+
+  template <bool kRun>
+  void piece(const Piece<T>& p, const T* dy, const T* x, const T* residual, Element* buffer, bool in_order) const {
+    Scalar<T>* out = reinterpret_cast<Scalar<T>*>(buffer);
+    const auto slope = static_cast<Scalar<T>>(e_.negative_slope);
+    with_activation<Scalar<T>>(e_.activation, slope, [&](const auto& act) {
+      if constexpr (std::decay_t<decltype(act)>::kBySign) {
+        if (e_.mask) return masked_gradient_piece<T>(p.n, dy, e_.mask, p.at, out, act);
+      }
+      gradient_piece<T, kRun>(p, dy, x, residual, out, act);
+    });
+    // Two vectors are read at a time; what lies behind the piece counts as zero.
+    const int64_t size = packed_size<T>(p.n), end = (p.n + 2 * kLanesF - 1) / (2 * kLanesF) * (2 * kLanesF);
+    clear_tail(out, p.n, std::max(size, end));
+    if (grad_residual_) store_piece<T, kRun>(p, out, false, grad_residual_ + p.at, stream_on(grad_residual_ + p.at));
+    if (scaled_) store_piece<T, kRun>(p, out, true, scaled_ + p.at, stream_on(scaled_ + p.at));
+    if (in_order && kPackVectors<T> > 1) {
+      Scalar<T> packs[kPiece];
+      std::copy(out, out + size, packs);
+      from_packs<T>(packs, p.n, out);
+    }
+  }
+  bool stream_on(const T* p) const { return stream_ && streamable(p); }
+
+  // Elements [n, end) of a buffer of packs.
+  static void clear_tail(Scalar<T>* out, int64_t n, int64_t end) {
+    const int64_t whole = n / kPack<T> * kPack<T>;
+    for (int64_t v = whole; v < std::min(end, packed_size<T>(n)); ++v) {
+      const int64_t lane = (v - whole) % Compute<T>::lanes, u = (v - whole) / Compute<T>::lanes;
+      if (whole + lane * kPackVectors<T> + u >= n) out[v] = 0;
+    }
+    for (int64_t v = packed_size<T>(n); v < end; ++v) out[v] = 0;
+  }
+
+  const Geometry& g_;
+  const Epilogue& e_;
+  Reader<T> dy_, residual_;
+  Coefficients<Scalar<T>, 3> coefficients_;
+  T *grad_residual_ = nullptr, *scaled_ = nullptr;
+  bool stream_ = false;
+};
