@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,8 @@ def batch_norm(
     tensors = (input, running_mean, running_var, weight, bias)
     plain = residual is None and activation is None and not inplace
     if has_torch_function_variadic(*tensors):
-        after = {"residual": residual, "activation": activation, "negative_slope": negative_slope, "inplace": inplace}
+        after: dict[str, Any] = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+        after["inplace"] = inplace
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
             **({} if plain else after),

@@ -82,7 +82,7 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
                 setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation}"
             if self.activation == "leaky_relu":

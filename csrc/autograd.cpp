@@ -1,13 +1,12 @@
 // The entry of all but torch.func: one operator, one autograd node in C++. A Python autograd.Function costs about 25 us
 // more a training step, several times a small batch norm; bn_ext/autograd.py keeps one for torch.func alone.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "glue.h"
+#include "autograd_support.h"
 
 namespace bn_ext {
 namespace {
@@ -25,11 +24,6 @@ using BackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTen
 using InferenceBackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                           const Tensor&, double, std::array<bool, 3>);
 
-// Through the dispatcher, so that every device and every mode that listens to operators is reached.
-template <class Schema>
-c10::TypedOperatorHandle<Schema> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
 const auto& forward_op() {
   static const auto op = handle<ForwardSchema>("bn_ext::batch_norm_forward");
   return op;
@@ -46,10 +40,6 @@ const auto& inference_backward_op() {
   static const auto op = handle<InferenceBackwardSchema>("bn_ext::batch_norm_inference_backward");
   return op;
 }
-
-bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // The gradients as compositions of differentiable operations, for derivatives of higher order; formulas.h's formulas.
 // Without running statistics those of the input normalise it, computed anew so that the graph reaches the input.
@@ -161,12 +151,6 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
   return inference_op().call(input, weight, bias, *running_mean, *running_var, eps);
-}
-
-void check_no_gradient(const OptionalTensor& t, const char* name) {
-  TORCH_CHECK(!requires_grad(t) || !at::GradMode::is_enabled(),
-              "The function 'native_batch_norm' is not differentiable with respect to argument '", name,
-              "'. This input cannot have requires_grad True.");
 }
 
 Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -1,6 +1,5 @@
 // autograd.cpp's entry for batch norm with a residual and an activation: one operator, one node.
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_right_shift.h>
@@ -15,6 +14,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd_support.h"
 #include "glue_activated.h"
 
 namespace bn_ext {
@@ -40,10 +40,6 @@ using PlainBackwardSchema = Gradients(const Tensor&, const Tensor&, const Option
 using PlainCompositeSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                        const OptionalTensor&, double, std::array<bool, 3>);
 
-template <class Schema>
-c10::TypedOperatorHandle<Schema> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
 const auto& forward_op() {
   static const auto op = handle<ForwardSchema>("bn_ext::batch_norm_act_forward");
   return op;
@@ -68,10 +64,6 @@ const auto& plain_composite_op() {
   static const auto op = handle<PlainCompositeSchema>("bn_ext::batch_norm_composite_backward");
   return op;
 }
-
-bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // Forward's mask as booleans of input's shape: element i of the mask is element i of the output's memory.
 Tensor unpacked(const Tensor& mask, const Tensor& input) {
@@ -218,12 +210,6 @@ Tensor batch_norm_act(const Tensor& input, const OptionalTensor& residual, const
                                          negative_slope, false));
 }
 
-void check_no_gradient(const OptionalTensor& t, const char* name) {
-  TORCH_CHECK(!requires_grad(t) || !at::GradMode::is_enabled(),
-              "The function 'native_batch_norm' is not differentiable with respect to argument '", name,
-              "'. This input cannot have requires_grad True.");
-}
-
 Tensor batch_norm_act_autograd(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
@@ -250,11 +236,18 @@ void inplace_autograd(const Tensor& input, const OptionalTensor& residual, const
   TORCH_CHECK(!graph,
               "batch norm with inplace=True writes into its input, which autograd would need: call it under "
               "torch.no_grad(), or with inplace=False");
+  at::AutoDispatchBelowAutograd below;
+  inplace_op().call(input, residual, weight, bias, running_mean, running_var, eps, activation, negative_slope);
+}
+
+// Who has saved input for a backward of its own is to notice.
+void inplace_version(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps,
+                     std::string_view activation, double negative_slope) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
     inplace_op().call(input, residual, weight, bias, running_mean, running_var, eps, activation, negative_slope);
   }
-  // Who has saved input for a backward of its own is to notice.
   torch::autograd::impl::bump_version(input);
 }
 
@@ -263,6 +256,7 @@ TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) {
   m.impl("batch_norm_act", batch_norm_act_autograd);
   m.impl("batch_norm_act_inference_", inplace_autograd);
 }
+TORCH_LIBRARY_IMPL(bn_ext, ADInplaceOrView, m) { m.impl("batch_norm_act_inference_", inplace_version); }
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
   m.impl("batch_norm_act_composite_backward", composite_backward);
 }
