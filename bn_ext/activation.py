@@ -22,8 +22,8 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation should be None or one of {known}, but is {activation!r}")
 
 
-def activate(x: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
-    """Return act(x + residual) by torch's own operations."""
+def activate(x: Tensor, residual: Tensor | None, activation: str, negative_slope: float) -> Tensor:
+    """Return act(x + residual) by torch's own operations; TorchScript compiles it, and takes no optional name."""
     if residual is not None:
         x = x + residual
     if activation == "relu":
@@ -60,7 +60,7 @@ def check_call(
 def finish(output: Tensor, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float,
            inplace: bool) -> Tensor:  # fmt: skip
     """Return act(output + residual), output being the batch norm of input, written into input if so asked."""
-    result = activate(output, residual, activation, negative_slope)
+    result = activate(output, residual, activation or "identity", negative_slope)
     return input.copy_(result) if inplace else result
 
 

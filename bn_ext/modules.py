@@ -164,7 +164,7 @@ class _Scriptable(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(source.num_features)
         vars(self.norm).update({k: v for k, v in vars(source).items() if k in vars(self.norm)})
-        self.activation, self.negative_slope = source.activation, source.negative_slope
+        self.activation, self.negative_slope = source.activation or "identity", source.negative_slope
         self.train(source.training)
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript's words)

@@ -20,8 +20,8 @@ struct Epilogue {
   uint8_t* mask = nullptr;
 };
 
-// Bytes of a mask; the bits are read eight bytes at a time.
-inline int64_t mask_bytes(int64_t numel, bool bits) { return bits ? (numel + 7) / 8 + 8 : numel; }
+// Bytes of a mask; bits are read eight bytes at a time, up to two vectors behind the last.
+inline int64_t mask_bytes(int64_t numel, bool bits) { return bits ? (numel + 7) / 8 + 16 : numel; }
 
 // Rows of `saved` in these calls: mean_hi, mean_lo, invstd, then formulas.h's Normalise: mean_hi, scale, shift.
 constexpr int kSavedRows = 6, kSavedCoefficients = 3;

@@ -48,9 +48,13 @@ inline uint32_t bits_of_pack(const M* hit) {
   return bits;
 }
 
-inline uint64_t load_bytes(const uint8_t* p, int count) {
-  uint64_t word = 0;
-  for (int i = 0; i < count; ++i) word |= uint64_t(p[i]) << (8 * i);
+// 64 bits of a mask from p on, the first the lowest.
+inline uint64_t load_bits(const uint8_t* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof word);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  word = __builtin_bswap64(word);
+#endif
   return word;
 }
 
@@ -227,16 +231,27 @@ inline Vec<S, N> widen(const Computed<S>* p) {
   return load_raw<Vec<S, N>>(p);
 }
 
-// A pack of gradients, of T as it lies in memory or computed.
-template <class T, class G, class Tail>
-__attribute__((always_inline)) inline void load_gradient(const G* p, int64_t left, Tail tail, VecC<T>* v) {
-  if constexpr (std::is_same<G, T>::value) {
-    T buffer[kPack<T>];
-    load_pack(tail ? padded<kPack<T>>(p, left, T(), buffer) : p, v);
-  } else {
-    for (int u = 0; u < kPackVectors<T>; ++u) v[u] = load_raw<VecC<T>>(p + u * Compute<T>::lanes);
-  }
+// A pack of gradients from column v on: of T as it lies in memory, or computed. `x` is the pack of the input there, for
+// gradients that depend on it.
+template <class T, class Tail>
+__attribute__((always_inline)) inline void load_gradient(const T* row, int64_t v, int64_t n, Tail tail, const VecC<T>*,
+                                                         VecC<T>* g) {
+  T buffer[kPack<T>];
+  load_pack(tail ? padded<kPack<T>>(row + v, n - v, T(), buffer) : row + v, g);
 }
+template <class T, class Tail>
+__attribute__((always_inline)) inline void load_gradient(const Computed<Scalar<T>>* row, int64_t v, int64_t, Tail,
+                                                         const VecC<T>*, VecC<T>* g) {
+  for (int u = 0; u < kPackVectors<T>; ++u) g[u] = load_raw<VecC<T>>(row + v + u * Compute<T>::lanes);
+}
+
+// Asks for a gradient's memory early, where it comes from memory.
+template <class T>
+inline void prefetch_gradient(const T* row, int64_t at) {
+  prefetch(row + at);
+}
+template <class T>
+inline void prefetch_gradient(const Computed<Scalar<T>>*, int64_t) {}
 
 // act'((x - mean_hi) * scale + shift + residual) * dy, with forward's very coefficients.
 template <class T, bool kRun, class Act>
@@ -264,24 +279,28 @@ inline void gradient_piece(const Piece<T>& p, const T* dy, const T* x, const T* 
   });
 }
 
+// Bit i of a pack's bits for each lane of its vector u.
+template <class T, class M>
+__attribute__((always_inline)) inline M lane_bits(int u) {
+  M one;
+  for (int j = 0; j < Compute<T>::lanes; ++j) one[j] = 1u << (j * kPackVectors<T> + u);
+  return one;
+}
+
 // The same by forward's mask.
 template <class T, class Act>
 inline void masked_gradient_piece(int64_t n, const T* dy, const uint8_t* mask, int64_t at, Scalar<T>* out,
                                   const Act& act) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
   using M = typename Words<Scalar<T>, VecC<T>>::type;
-  M one[kVectors];
-  for (int u = 0; u < kVectors; ++u) {
-    for (int j = 0; j < kLanes; ++j) one[u][j] = 1u << (j * kVectors + u);
-  }
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kN];
     prefetch_ahead(dy + v);
     VecC<T> g[kVectors];
     load_pack(tail ? padded<kN>(dy + v, n - v, T(), buffer) : dy + v, g);
-    const uint32_t bits = static_cast<uint32_t>(load_bytes(mask + (at + v) / 8, 8) >> (at + v) % 8);
+    const uint32_t bits = static_cast<uint32_t>(load_bits(mask + (at + v) / 8) >> (at + v) % 8);
     for (int u = 0; u < kVectors; ++u) {
-      const auto passes = ((M{} + bits) & one[u]) != 0;
+      const auto passes = ((M{} + bits) & lane_bits<T, M>(u)) != 0;
       store_raw(out + v + u * kLanes, passes ? g[u] : act.blocked(g[u]));
     }
   });
@@ -328,6 +347,7 @@ class ActivatedGradient {
   }
 
   static constexpr bool direct() { return false; }
+  const ActivatedGradient& in_order() const { return *this; }
 
   class Rows {
    public:
@@ -389,6 +409,8 @@ class ActivatedGradient {
       from_packs<T>(packs, p.n, out);
     }
   }
+  template <class U, class Act, bool kMask>
+  friend class SignGradient;
   bool stream_on(const T* p) const { return stream_ && streamable(p); }
 
   // Elements [n, end) of a buffer of packs.
@@ -407,4 +429,114 @@ class ActivatedGradient {
   Coefficients<Scalar<T>, 3> coefficients_;
   T *grad_residual_ = nullptr, *scaled_ = nullptr;
   bool stream_ = false;
+};
+
+// What a mask does not pass, of ReLU and LeakyReLU in one compiled body.
+template <class S>
+struct Blocked {
+  S slope;
+  bool zero;
+  template <class V>
+  V blocked(V dy) const {
+    return zero ? V{} : dy * slope;
+  }
+};
+
+// The same gradient where it goes by a sign, taken in registers: a row of grad_output, and either the coefficients or
+// the mask. Columns of a pack behind the row's end give zero.
+template <class T, class Act, bool kMask, bool kRun>
+struct SignRow {
+  const T* dy;
+  Piece<T> piece;
+  const uint8_t* mask;
+  T* copy;  // grad_residual's row, or nullptr
+  Act act;
+};
+
+template <class T, class Act, bool kMask, bool kRun, class Tail>
+__attribute__((always_inline)) inline void load_gradient(const SignRow<T, Act, kMask, kRun>& row, int64_t v, int64_t n,
+                                                         Tail tail, const VecC<T>* x, VecC<T>* g) {
+  constexpr int kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
+  load_gradient<T>(row.dy, v, n, tail, x, g);
+  if constexpr (kMask) {
+    using M = typename Words<Scalar<T>, VecC<T>>::type;
+    const int64_t at = row.piece.at + v;
+    const uint32_t bits = static_cast<uint32_t>(load_bits(row.mask + at / 8) >> at % 8);
+    for (int u = 0; u < kVectors; ++u) {
+      const auto passes = ((M{} + bits) & lane_bits<T, M>(u)) != 0;
+      g[u] = passes ? g[u] : row.act.blocked(g[u]);
+    }
+  } else {
+    for (int u = 0; u < kVectors; ++u) {
+      VecC<T> k[3];
+      load_coefficients<T, kRun>(row.piece, v + u * kLanes, k);
+      g[u] = row.act.gradient(g[u], normalise<T>(x[u], k[0], k[1], k[2]));
+    }
+  }
+}
+
+template <class T, class Act, bool kMask, bool kRun>
+inline void prefetch_gradient(const SignRow<T, Act, kMask, kRun>& row, int64_t at) {
+  prefetch(row.dy + at);
+}
+
+// What grad_input.h calls with each pack: a gradient that is an output itself is written there.
+template <class T, class Tail>
+inline void keep_gradient(const T*, int64_t, int64_t, Tail, const VecC<T>*) {}
+template <class T, class Tail>
+inline void keep_gradient(const Computed<Scalar<T>>*, int64_t, int64_t, Tail, const VecC<T>*) {}
+template <class T, class Act, bool kMask, bool kRun, class Tail>
+__attribute__((always_inline)) inline void keep_gradient(const SignRow<T, Act, kMask, kRun>& row, int64_t v, int64_t n,
+                                                         Tail tail, const VecC<T>* g) {
+  if (!row.copy) return;
+  T buffer[kPack<T>];
+  store_pack(tail ? buffer : row.copy + v, g);
+  if (tail) std::copy(buffer, buffer + (n - v), row.copy + v);
+}
+
+// As a source of gradients; what needs them in double or in order asks the ActivatedGradient that it is made of.
+template <class T, class Act, bool kMask>
+class SignGradient {
+ public:
+  using Element = T;
+  using Row = SignRow<T, Act, kMask, false>;
+  using Run = SignRow<T, Act, kMask, true>;
+
+  SignGradient(const ActivatedGradient<T>& from, const Act& act, T* grad_residual)
+      : from_(from), act_(act), grad_residual_(grad_residual) {}
+  const ActivatedGradient<T>& in_order() const { return from_; }
+  bool direct() const { return from_.dy_.direct(); }
+
+  class Rows {
+   public:
+    Rows(const SignGradient& source, const ColumnTask& t) : source_(source), t_(t) {
+      if (!kMask) source.from_.coefficients_.template expand_packs<T>(source.from_.g_, t.v0, t.n, expanded_, c_);
+    }
+    Row operator()(int64_t r, const T*, T* buffer) const {
+      const auto& from = source_.from_;
+      const int64_t at = from.g_.row_offset(0, r) + t_.v0;
+      return source_.template make<false>(from.dy_.row(r, t_.v0, t_.n, buffer), {t_.n, {c_[0], c_[1], c_[2]}, at});
+    }
+
+   private:
+    const SignGradient& source_;
+    const ColumnTask& t_;
+    alignas(64) Scalar<T> expanded_[3 * kBlockColumns];
+    const Scalar<T>* c_[3] = {};
+  };
+
+  Run run(int64_t o, int64_t c, int64_t i0, int64_t n, const T*, T* buffer, bool = false) const {
+    const auto& k = from_.coefficients_;
+    const int64_t at = o * from_.g_.strides[0].outer + c * from_.g_.strides[0].channel + i0;
+    return make<true>(from_.dy_.run(o, c, i0, n, buffer), {n, {k.row(0) + c, k.row(1) + c, k.row(2) + c}, at});
+  }
+
+ private:
+  template <bool kRun>
+  SignRow<T, Act, kMask, kRun> make(const T* dy, const Piece<T>& p) const {
+    return {dy, p, from_.e_.mask, grad_residual_ ? grad_residual_ + p.at : nullptr, act_};
+  }
+  const ActivatedGradient<T>& from_;
+  Act act_;
+  T* grad_residual_;
 };

@@ -24,6 +24,15 @@ inline void write_gradient(const Geometry& g, const ActivatedGradient<T>& dy, co
   });
 }
 
+// Training's dx where the activation goes by a sign that the coefficients or the mask tell.
+template <class T, bool kMask, class Act>
+inline void backward_by_sign(const Geometry& g, const ActivatedBackwardArgs& a, const ActivatedGradient<T>& gradient,
+                             const Act& act, const Parallel& par) {
+  const SignGradient<T, Act, kMask> reduced(gradient, act, nullptr);
+  const SignGradient<T, Act, kMask> applied(gradient, act, static_cast<T*>(a.grad_residual.data));
+  reduce_and_apply<T>(g, a, reduced, &applied, par);
+}
+
 template <class T>
 inline void backward_activated_typed(const ActivatedBackwardArgs& a, const Parallel& par) {
   const TensorRef residual = a.epilogue.residual && !a.epilogue.mask ? a.epilogue.residual : a.dx;
@@ -32,6 +41,22 @@ inline void backward_activated_typed(const ActivatedBackwardArgs& a, const Paral
   const ActivatedGradient<T> gradient(g, a, 1, 3);
   T *dx = static_cast<T*>(a.dx.data), *grad_residual = static_cast<T*>(a.grad_residual.data);
   const bool stream = streams_output(g, sizeof(T));
+  if constexpr (sizeof(T) < sizeof(double)) {
+    const Activation kind = a.epilogue.activation;
+    const auto slope = static_cast<Scalar<T>>(a.epilogue.negative_slope);
+    if (a.training && dx && by_sign(kind)) {
+      if (a.epilogue.mask) {
+        const Blocked<Scalar<T>> act{slope, kind == Activation::kReLU};
+        return backward_by_sign<T, true>(g, a, gradient, act, par);
+      }
+      if (!a.epilogue.residual && kind == Activation::kReLU) {
+        return backward_by_sign<T, false>(g, a, gradient, ReLU<Scalar<T>>{slope}, par);
+      }
+      if (!a.epilogue.residual) {
+        return backward_by_sign<T, false>(g, a, gradient, LeakyReLU<Scalar<T>>{slope}, par);
+      }
+    }
+  }
   if (a.training && dx) {
     const auto written = gradient.with_outputs(grad_residual, nullptr, stream);
     reduce_and_apply<T>(g, a, gradient, &written, par);

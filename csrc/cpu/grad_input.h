@@ -11,15 +11,16 @@ inline VecC<T> grad_input(VecC<T> dy, VecC<T> centred, const VecC<T>* c) {
 
 // kStream: dx is streamed, and where rows are wider than a task (ahead != 0, see elements_ahead) the inputs are fetched
 // early.
-template <class T, bool kStream, class G>
-inline void grad_input_row(const G* dy, const T* x, T* dx, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
+template <class T, bool kStream, class Row>
+inline void grad_input_row(const Row& dy, const T* x, T* dx, int64_t n, int64_t ahead, const Scalar<T>* const* c) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer_dy[kN], buffer_x[kN];
-    if (kStream && ahead != 0) prefetch(dy + v + ahead), prefetch(x + v + ahead);
+    if (kStream && ahead != 0) prefetch_gradient<T>(dy, v + ahead), prefetch(x + v + ahead);
     VecC<T> vdy[kVectors], vx[kVectors];
-    load_gradient<T>(dy + v, n - v, tail, vdy);
     load_pack(tail ? padded<kN>(x + v, n - v, T(), buffer_x) : x + v, vx);
+    load_gradient<T>(dy, v, n, tail, vx, vdy);
+    keep_gradient<T>(dy, v, n, tail, vdy);
     for (int u = 0; u < kVectors; ++u) {
       VecC<T> k[5];
       for (int i = 0; i < 5; ++i) k[i] = load_raw<VecC<T>>(c[i] + v + u * Compute<T>::lanes);
@@ -31,16 +32,17 @@ inline void grad_input_row(const G* dy, const T* x, T* dx, int64_t n, int64_t ah
   });
 }
 
-template <class T, bool kStream, class G>
-inline void grad_input_run(const G* dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
+template <class T, bool kStream, class Row>
+inline void grad_input_run(const Row& dy, const T* x, T* dx, int64_t n, const GradCoefficients<T>& c, int64_t channel) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   VecC<T> k[5];
   for (int i = 0; i < 5; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
   for_run<kN>(n, [&](int64_t i, auto tail, int) __attribute__((always_inline)) {
     T buffer_dy[kN], buffer_x[kN];
     VecC<T> vdy[kVectors], vx[kVectors];
-    load_gradient<T>(dy + i, n - i, tail, vdy);
     load_pack(tail ? padded<kN>(x + i, n - i, T(), buffer_x) : x + i, vx);
+    load_gradient<T>(dy, i, n, tail, vx, vdy);
+    keep_gradient<T>(dy, i, n, tail, vdy);
     for (int u = 0; u < kVectors; ++u) vdy[u] = grad_input<T>(vdy[u], vx[u] - k[0], k);
     if (kStream && !tail) return stream_pack(dx + i, vdy);
     store_pack(tail ? buffer_dy : dx + i, vdy);
@@ -57,7 +59,7 @@ inline void grad_input_task(const Geometry& g, const Dy& dy, const Reader<T>& x,
   const int64_t ahead = t.n == g.cols ? 0 : elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; ++r) {
     const T* in_x = x.row(r, t.v0, t.n, buffer_x);
-    const auto* in_dy = rows(r, in_x, buffer_dy);
+    const auto in_dy = rows(r, in_x, buffer_dy);
     T* out = lead_row(g, dx, r, t.v0);
     if (kStream && streamable(out)) {
       grad_input_row<T, true>(in_dy, in_x, out, t.n, ahead, c);
@@ -91,7 +93,7 @@ inline void grad_input_planes(const Geometry& g, const Dy& dy, const Reader<T>& 
     alignas(64) typename Dy::Element buffer_dy[kGather];
     T buffer_x[kGather];
     const T* in_x = x.run(o, c, i0, n, buffer_x);
-    const auto* in_dy = dy.run(o, c, i0, n, in_x, buffer_dy, false);
+    const auto in_dy = dy.run(o, c, i0, n, in_x, buffer_dy, false);
     T* out = lead_run(g, dx, o, c, i0);
     if (stream && streamable(out)) {
       grad_input_run<T, true>(in_dy, in_x, out, n, coefficients, c);

@@ -41,7 +41,7 @@ inline void for_gradient_rows(const Geometry& g, const Rows& dy, const Reader<T>
   int64_t r = r0;
   const auto pair = [&](auto count, const T* const* rows_x) {
     constexpr int kRows = decltype(count)::value;
-    const G* rows_dy[kRows];
+    decltype(dy(r, rows_x[0], buffer_dy)) rows_dy[kRows];
     for (int j = 0; j < kRows; ++j) rows_dy[j] = dy(r + j, rows_x[j], buffer_dy + j * kBlockColumns);
     body(count, rows_dy, rows_x);
     r += kRows;
@@ -121,7 +121,7 @@ inline void gradient_columns_double(const Geometry& g, const Dy& dy, const Reade
   std::fill(sum, sum + size, 0.0);
   std::fill(dot, dot + size, 0.0);
   for_gradient_rows(g, rows, x, t, t.r0, t.r1, buffer_dy, buffer_x,
-                    [&](auto count, const auto* const* rows_dy, const T* const* rows_x) {
+                    [&](auto count, const auto& rows_dy, const T* const* rows_x) {
                       accumulate_gradient_rows<T, decltype(count)::value>(rows_dy, rows_x, t.n, mean, sum, dot);
                     });
   store_gradient_columns(g, t, sum, dot, sums, redo, nullptr, [](int64_t, double, double d) { return d; });

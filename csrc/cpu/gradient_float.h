@@ -14,14 +14,12 @@ struct Centres {
 
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kRows, class G>
-inline void accumulate_gradient_rows_float(const G* const* dy, const T* const* x, int64_t n, const float* shift,
+template <class T, int kRows, class Row>
+inline void accumulate_gradient_rows_float(const Row* dy, const T* const* x, int64_t n, const float* shift,
                                            int64_t ahead, float* sum, float* dot) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    constexpr bool kFromMemory = std::is_same<G, T>::value;
-    if (kRows == 1 && kFromMemory) prefetch(dy[0] + v + ahead);
-    if (kRows == 1) prefetch(x[0] + v + ahead);
+    if (kRows == 1) prefetch_gradient<T>(dy[0], v + ahead), prefetch(x[0] + v + ahead);
     VecF k[kVectors], s[kVectors] = {}, d[kVectors] = {};
     for (int u = 0; u < kVectors; ++u) k[u] = load_raw<VecF>(shift + v + u * kLanesF);
     const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
@@ -31,9 +29,12 @@ inline void accumulate_gradient_rows_float(const G* const* dy, const T* const* x
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
       VecF vdy[kVectors], vx[kVectors], more_dy[kVectors], more_x[kVectors];
-      load_gradient<T>(dy[j] + v, n - v, tail, vdy);
       load(x[j], vx);
-      if (two) load_gradient<T>(dy[j + 1] + v, n - v, tail, more_dy), load(x[j + 1], more_x);
+      load_gradient<T>(dy[j], v, n, tail, vx, vdy);
+      if (two) {
+        load(x[j + 1], more_x);
+        load_gradient<T>(dy[j + 1], v, n, tail, more_x, more_dy);
+      }
       for (int u = 0; u < kVectors; ++u) {
         VecF product = vdy[u] * (vx[u] - k[u]), sum_dy = vdy[u];
         if (two) product += more_dy[u] * (more_x[u] - k[u]), sum_dy += more_dy[u];
@@ -67,7 +68,7 @@ inline void gradient_columns_float(const Geometry& g, const Dy& dy, const Reader
   const int64_t ahead = elements_ahead(g, sizeof(T), t.n);
   for (int64_t r = t.r0; r < t.r1; r += batch) {
     for_gradient_rows(g, rows, x, t, r, std::min(r + batch, t.r1), buffer_dy, buffer_x,
-                      [&](auto count, const auto* const* rows_dy, const T* const* rows_x) {
+                      [&](auto count, const auto& rows_dy, const T* const* rows_x) {
                         constexpr int kRows = decltype(count)::value;
                         accumulate_gradient_rows_float<T, kRows>(rows_dy, rows_x, t.n, k[0], ahead, f1, f2);
                       });
@@ -83,15 +84,14 @@ inline void gradient_columns_float(const Geometry& g, const Dy& dy, const Reader
   bool unsafe[kBlockColumns];
   const auto correct = [&](int64_t c, double s, double d) { return d - centres.rest[c] * s; };
   const bool any = store_gradient_columns(g, t, sum, dot, sums, nullptr, unsafe, correct);
-  if (any) gradient_columns_double(g, dy, x, t, centres.means, sums, unsafe);
+  if (any) gradient_columns_double(g, dy.in_order(), x, t, centres.means, sums, unsafe);
 }
 
-template <class T, class G>
-inline void accumulate_gradient_run_float(const G* dy, const T* x, int64_t n, float shift, int64_t ahead,
+template <class T, class Row>
+inline void accumulate_gradient_run_float(const Row& dy, const T* x, int64_t n, float shift, int64_t ahead,
                                           FloatRunSums* sums) {
   constexpr int kN = 2 * kLanesF;
   constexpr int64_t kFlushed = kFlush * 4 * kN, kLine = 64 / sizeof(T);
-  constexpr bool kFromMemory = std::is_same<G, T>::value;
   const VecF k = VecF{} + shift;
   for (int64_t i0 = 0; i0 < n; i0 += kFlushed) {
     const int64_t m = std::min(kFlushed, n - i0), addends = (m + 4 * kN - 1) / (4 * kN) + 4;
@@ -101,19 +101,16 @@ inline void accumulate_gradient_run_float(const G* dy, const T* x, int64_t n, fl
     for (int u = 0; u < 4; ++u) a[u] = sums->f1[u], b[u] = sums->f2[u];
     for_run<kN>(m, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
       T tail_x[kN];
-      G tail_dy[kN];
       for (int64_t line = 0; line < kN; line += kLine) {
         if (u * kN % kLine != 0) continue;
         prefetch(x + i0 + i + line + ahead);
-        if (kFromMemory) prefetch(dy + i0 + i + line + ahead);
+        prefetch_gradient<T>(dy, i0 + i + line + ahead);
       }
       const T* px = tail ? padded<kN>(x + i0 + i, m - i, T(), tail_x) : x + i0 + i;
-      // Computed gradients have zeros behind them.
-      const G* pdy = tail && kFromMemory ? padded<kN>(dy + i0 + i, m - i, G(), tail_dy) : dy + i0 + i;
       VecF vx[2], vdy[2];
       for (int w = 0; w < 2; w += kPackVectors<T>) {
         load_pack(px + w * kLanesF, vx + w);
-        load_gradient<T>(pdy + w * kLanesF, 0, std::false_type(), vdy + w);
+        load_gradient<T>(dy, i0 + i + w * kLanesF, n, tail, vx + w, vdy + w);
       }
       a[u] += vdy[0] + vdy[1];
       b[u] += vdy[0] * (vx[0] - k) + vdy[1] * (vx[1] - k);
@@ -128,12 +125,13 @@ inline void gradient_planes_float(const Geometry& g, const Dy& dy, const Reader<
   const float shift = centres.shift.row(0)[c];
   const int64_t ahead = elements_ahead(g, sizeof(T), g.inner);
   FloatRunSums acc;
-  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, false, [&](int64_t n, const auto* pdy, const T* px) {
+  for_gradient_runs(dy, x, plane_chunk(g, chunk), c, false, [&](int64_t n, const auto& pdy, const T* px) {
     accumulate_gradient_run_float(pdy, px, n, shift, ahead, &acc);
   });
   acc.flush();
   const double sum = acc.totals.total1(), dot = acc.totals.total2();
-  if (!is_finite(sum) || !is_finite(dot)) return gradient_planes_double(g, dy, x, chunk, c, centres.means, sums);
+  if (!is_finite(sum) || !is_finite(dot))
+    return gradient_planes_double(g, dy.in_order(), x, chunk, c, centres.means, sums);
   sums.row(chunk, 0)[c] = sum;
   sums.row(chunk, 1)[c] = dot - centres.rest[c] * sum;
 }

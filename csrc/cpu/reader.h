@@ -10,6 +10,7 @@ class Reader {
       : g_(g), k_(operand), base_(static_cast<const T*>(data)), direct_(g.direct(operand)) {}
 
   bool direct() const { return direct_; }
+  const Reader& in_order() const { return *this; }
 
   // Columns [v0, v0 + n) of row r: in place, or gathered into `buffer` (n elements).
   const T* row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
