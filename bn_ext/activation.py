@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Implementation, fused_batch_norm, has_kernel, overrides_functions
+from .functional import KERNEL_DEVICES, Implementation, fused_batch_norm, has_kernel, overrides_functions
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
+# Devices whose kernels do it in one pass.
+_KEYS = {"cpu": "CPU", "meta": "Meta", "cuda": "CUDA"}
+DEVICES = tuple(
+    device
+    for device in KERNEL_DEVICES
+    if device == "meta"
+    or torch._C._dispatch_has_kernel_for_dispatch_key("bn_ext::batch_norm_act_forward", _KEYS[device])
+)
 
 
 def check_activation(activation: str | None) -> None:
@@ -95,7 +103,7 @@ def fused_batch_norm_act(
         and residual.layout == torch.strided
         and not overrides_functions(residual)
     )
-    if implementation is not ops.batch_norm or not fits:
+    if implementation is not ops.batch_norm or not fits or input.device.type not in DEVICES:
         output = fused_batch_norm(
             implementation, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
         )
