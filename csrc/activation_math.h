@@ -12,6 +12,11 @@
 // Errors: silu, gelu within 6 units in the last place where the result is a normal number; the derivatives within 6
 // units in the last place of max(1, |v|) * the largest term.
 
+#ifdef __CUDACC__
+#define BN_UNROLL _Pragma("unroll")
+#else
+#define BN_UNROLL _Pragma("GCC unroll 32")
+#endif
 #define BN_ACTIVATION         \
   template <class S, class V> \
   BN_HD
@@ -27,7 +32,7 @@ BN_HD To same_bits(From from) {
 template <class V, class S, int kCount>
 BN_HD V polynomial(V x, const S (&c)[kCount]) {
   V sum = x * c[kCount - 1] + c[kCount - 2];
-#pragma GCC unroll 32
+  BN_UNROLL
   for (int i = kCount - 3; i >= 0; --i) sum = sum * x + c[i];
   return sum;
 }
@@ -226,3 +231,4 @@ BN_HD auto with_activation(Activation kind, S slope, const Use& use) {
   }
 }
 #undef BN_ACTIVATION
+#undef BN_UNROLL
