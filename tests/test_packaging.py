@@ -45,8 +45,8 @@ def tiny_tree(folder: Path) -> Path:
     # as after a build in place, whose leavings must stay out of what is packed
     shutil.copytree(PACKAGE, folder / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "csrc").mkdir()
-    for name in ("bindings.cpp", "plan.cpp", "plan.h", "kernels.h", "layout.h", "host_device.h"):
-        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    for path in (ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "plan.cpp", *(ROOT / "csrc").glob("*.h")):
+        shutil.copy(path, folder / "csrc")
     (folder / "csrc" / "ops.cpp").write_text(TINY_OPS)
     (folder / "csrc" / "part.h").write_text("#pragma once\n")
     return folder

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "composite.h"
+#include "glue_activated.h"
 #include "launch.h"
 
 namespace bn_ext {
@@ -80,6 +81,32 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight, c
                     });
   }
   return call.output;
+}
+
+ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTensor& residual,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const Tensor& running_mean, const Tensor& running_var, double eps,
+                                          std::string_view activation, double negative_slope, bool save) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(!save, "batch_norm_act_inference has no backward on CUDA");
+  const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
+                                                activation, negative_slope, save);
+  if (!call.empty) {
+    plan_and_launch(input, call.args, plan_activated_inference,
+                    [](const ActivatedInferenceArgs& args, const Plan& plan, void*, cudaStream_t stream) {
+                      return inference_activated(args, plan, stream);
+                    });
+  }
+  return {call.output, call.saved, call.mask};
+}
+
+// Through a new tensor: the kernel's loads are of the read-only path, which a store into the same memory must not meet.
+void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                               double eps, std::string_view activation, double negative_slope) {
+  output_in_place(input, residual);  // for its checks
+  input.copy_(std::get<0>(batch_norm_act_inference(input, residual, weight, bias, running_mean, running_var, eps,
+                                                   activation, negative_slope, false)));
 }
 
 Gradients run_backward(const Tensor& input, const BackwardCall& call) {
@@ -171,6 +198,8 @@ Gradients batch_norm_inference_double_backward(const OptionalTensor& grad_grad_i
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", batch_norm_forward);
   m.impl("batch_norm_inference", batch_norm_inference);
+  m.impl("batch_norm_act_inference", batch_norm_act_inference);
+  m.impl("batch_norm_act_inference_", batch_norm_act_inference_);
   m.impl("batch_norm_backward", batch_norm_backward);
   m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
   m.impl("batch_norm_double_backward", batch_norm_double_backward);

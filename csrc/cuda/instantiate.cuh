@@ -74,6 +74,12 @@ cudaError_t inference_of(const InferenceArgs& args, const Plan& plan, cudaStream
 }
 
 template <typename T>
+cudaError_t inference_activated_of(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) {
+  const auto use = [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); };
+  return args.epilogue.residual ? with_vector<ActivatedSum, T>(plan, use) : with_vector<ActivatedAlone, T>(plan, use);
+}
+
+template <typename T>
 cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   const auto reduce = [&](auto* op) {
     return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
@@ -92,19 +98,22 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
 }
 
 // Defines the entries of one type (entries.h).
-#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                            \
-  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {   \
-    return forward_of<T>(args, plan, workspace, stream);                                                          \
-  }                                                                                                               \
-  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                \
-    return inference_of<T>(args, plan, stream);                                                                   \
-  }                                                                                                               \
-  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) { \
-    return backward_of<T>(args, plan, workspace, stream);                                                         \
-  }                                                                                                               \
-  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,           \
-                                     cudaStream_t stream) {                                                       \
-    return double_backward_of<T>(args, plan, workspace, stream);                                                  \
+#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                                \
+  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {       \
+    return forward_of<T>(args, plan, workspace, stream);                                                              \
+  }                                                                                                                   \
+  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                    \
+    return inference_of<T>(args, plan, stream);                                                                       \
+  }                                                                                                                   \
+  cudaError_t inference_activated_##NAME(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) { \
+    return inference_activated_of<T>(args, plan, stream);                                                             \
+  }                                                                                                                   \
+  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {     \
+    return backward_of<T>(args, plan, workspace, stream);                                                             \
+  }                                                                                                                   \
+  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,               \
+                                     cudaStream_t stream) {                                                           \
+    return double_backward_of<T>(args, plan, workspace, stream);                                                      \
   }
 
 }  // namespace cuda

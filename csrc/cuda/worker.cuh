@@ -1,6 +1,7 @@
 // A block at work: the tensors that it reads and writes, its sweeps over their rows.
 #pragma once
 
+#include "activated.cuh"
 #include "backward.cuh"
 #include "double_backward.cuh"
 #include "forward.cuh"
@@ -21,6 +22,10 @@ struct Tensors {
       : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
   __device__ explicit Tensors(const InferenceArgs& a)
       : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
+  __device__ explicit Tensors(const ActivatedInferenceArgs& a)
+      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {
+    if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.epilogue.residual.data);
+  }
   __device__ explicit Tensors(const BackwardArgs& a)
       : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.dx.data)} {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.x.data);
@@ -44,13 +49,13 @@ struct Worker {
   static constexpr int V = Op::kVector, K = Op::kInputs, U = Op::kUnroll;
 
   const Plan& plan;
+  const typename Op::Args& args;
   const Place<V> place;
   const Tensors<Op> tensors;
   const Slots<T, V, K> slots;
 
-  template <class Args>
-  __device__ Worker(const Plan& p, const Args& args, Vec<T, V>* shared)
-      : plan(p), place(p), tensors(args), slots{shared} {}
+  __device__ Worker(const Plan& p, const typename Op::Args& a, Vec<T, V>* shared)
+      : plan(p), args(a), place(p), tensors(a), slots{shared} {}
 
   __device__ int kept() const { return min(plan.kept, place.rows); }
 
@@ -203,13 +208,13 @@ struct Worker {
       for (; r - U >= stay; r -= U) {
         load_rows<Cache::kLastUse, true, true>(&c, U, &chunk, out);
 #pragma unroll
-        for (int u = 0; u < U; ++u) put(out[u], Op::apply(chunk.v[u], coefficient));
+        for (int u = 0; u < U; ++u) put(out[u], Op::apply(chunk.v[u], coefficient, args));
       }
       if (const int rows = r - stay; rows > 0) {
         load_rows<Cache::kLastUse, true, true>(&c, rows, &chunk, out);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (u < rows) put(out[u], Op::apply(chunk.v[u], coefficient));
+          if (u < rows) put(out[u], Op::apply(chunk.v[u], coefficient, args));
         }
       }
     }
@@ -220,7 +225,7 @@ struct Worker {
         Vec<T, V> in[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) in[k] = slots.at(r, k);
-        put(c.output(), Op::apply(in, coefficient));
+        put(c.output(), Op::apply(in, coefficient, args));
         c.advance(plan);
       }
     }
@@ -250,7 +255,7 @@ struct Worker {
 #pragma unroll
         for (int e = 0; e < V; ++e) wide[k][e] = in[k][0];
       }
-      put_one(offset, Op::apply(wide, coefficient), i);
+      put_one(offset, Op::apply(wide, coefficient, args), i);
     });
   }
 
