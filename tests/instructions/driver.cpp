@@ -45,7 +45,7 @@ int main(int argc, char** argv) {
     // Values between -1 and 1 from a linear congruential generator; bfloat16 is a float's upper half.
     std::vector<float> wide(4 * numel), statistics(kSavedRows * c.shape.c);
     std::vector<uint16_t> narrow(4 * numel);
-    std::vector<uint8_t> mask(mask_bytes(numel, true));
+    std::vector<uint8_t> mask(mask_bytes(numel));
     uint32_t state = 1;
     for (int64_t i = 0; i < 4 * numel; ++i) {
       state = state * 1664525u + 1013904223u;
