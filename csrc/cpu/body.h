@@ -10,6 +10,7 @@ namespace {
 #include "cpu/statistics_float.h"
 #include "cpu/normalise.h"
 #include "cpu/activated.h"
+#include "cpu/activated_gradient.h"
 #include "cpu/gradient.h"
 #include "cpu/gradient_float.h"
 #include "cpu/grad_input.h"
