@@ -1,5 +1,6 @@
 // The gradient of an activation with respect to its argument, one row or run at a time: in a buffer, or in registers
-// where it goes by a sign. Backward's bodies read it in the place of grad_output. Included inside the level's namespace.
+// where it goes by a sign. Backward's bodies read it in the place of grad_output. Included inside the level's
+// namespace.
 
 // A value of a buffer that holds gradients in the compute type, pack by pack, whole packs long.
 template <class S>
