@@ -10,21 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import KERNEL_DEVICES, Implementation, fused_batch_norm, has_kernel, overrides_functions
+from .functional import Implementation, fused_batch_norm, has_kernel, overrides_functions
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
-_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-
-
-def _devices(operator: str) -> tuple[str, ...]:
-    """Return the devices of this build that have a kernel of an operator; meta tensors have one of every operator."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(d for d in KERNEL_DEVICES if d == "meta" or has(f"bn_ext::{operator}", _KEYS[d]))
-
-
-# Where training and its backward are one pass, and where evaluation without autograd is.
-DEVICES = _devices("batch_norm_act_forward")
-INFERENCE_DEVICES = _devices("batch_norm_act_inference")
 
 
 def check_activation(activation: str | None) -> None:
@@ -72,13 +60,6 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _in_one_pass(input: Tensor, training: bool, *others: Tensor | None) -> bool:
-    device = input.device.type
-    if device in DEVICES:
-        return True
-    return device in INFERENCE_DEVICES and not training and not _needs_graph(input, *others)
-
-
 def finish(output: Tensor, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float,
            inplace: bool) -> Tensor:  # fmt: skip
     """Return act(output + residual), output being the batch norm of input, written into input if so asked."""
@@ -117,7 +98,7 @@ def fused_batch_norm_act(
         and residual.layout == torch.strided
         and not overrides_functions(residual)
     )
-    if implementation is not ops.batch_norm or not fits or not _in_one_pass(input, training, residual, weight, bias):
+    if implementation is not ops.batch_norm or not fits:
         output = fused_batch_norm(
             implementation, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
         )

@@ -124,8 +124,8 @@ def batch_norm(
         training: use the statistics of input.
         momentum: share of the batch in the running statistics.
         eps: added to the variance.
-        residual: what is added before the activation; of input's shape and dtype for one pass. Backward of silu and
-            gelu reads it again, so it is kept (by reference) until then, and must not change.
+        residual: what is added before the activation; of input's shape and dtype for one pass. Backward reads
+            it again (relu and leaky_relu on the CPU do not), so it is kept, by reference, and must not change.
         activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).
         negative_slope: leaky_relu's.
         inplace: write the result into input; in evaluation only, and where autograd does not need input.

@@ -142,11 +142,11 @@ def _(
 
 
 def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
-    """Return the bytes that forward leaves for backward: one bit an element on the CPU (and 16 bytes to read
-    beyond), one byte elsewhere, where there is a residual and the derivative goes by the sign of its argument."""
+    """Return the bytes that forward leaves for backward on the CPU, where there is a residual and the derivative goes
+    by the sign of its argument: one bit an element, and 16 bytes to read beyond."""
     if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
         return 0
-    return (input.numel() + 7) // 8 + 16 if input.device.type == "cpu" else input.numel()
+    return (input.numel() + 7) // 8 + 16 if input.device.type in ("cpu", "meta") else 0
 
 
 def _fake_mask(input: Tensor, residual: Tensor | None, activation: str, wanted: bool) -> Tensor:

@@ -10,7 +10,7 @@ enum class Activation : int { kIdentity, kReLU, kLeakyReLU, kSiLU, kGELU };
 // Activations whose derivative depends on the sign of their argument alone.
 BN_HD bool by_sign(Activation a) { return a == Activation::kReLU || a == Activation::kLeakyReLU; }
 
-// Where there is a residual and the activation goes by_sign, forward leaves one bit an element (CPU; CUDA: one byte) in
+// Where there is a residual and the activation goes by_sign, the CPU's forward leaves one bit an element in
 // `mask`, set where the derivative is 1, at the element's offset in the output: backward then reads neither residual
 // nor bn(x). Otherwise backward computes the activation's argument anew.
 struct Epilogue {
@@ -21,7 +21,7 @@ struct Epilogue {
 };
 
 // Bytes of a mask; bits are read eight bytes at a time, up to two vectors behind the last.
-inline int64_t mask_bytes(int64_t numel, bool bits) { return bits ? (numel + 7) / 8 + 16 : numel; }
+inline int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8 + 16; }
 
 // Rows of `saved` in these calls: mean_hi, mean_lo, invstd, then formulas.h's Normalise: mean_hi, scale, shift.
 constexpr int kSavedRows = 6, kSavedCoefficients = 3;

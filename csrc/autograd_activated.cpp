@@ -65,13 +65,10 @@ const auto& plain_composite_op() {
   return op;
 }
 
-// Forward's mask as booleans of input's shape: element i of the mask is element i of the output's memory.
+// Forward's mask as booleans of input's shape: bit i of the mask is element i of the output's memory.
 Tensor unpacked(const Tensor& mask, const Tensor& input) {
-  Tensor flat = mask;
-  if (input.is_cpu()) {
-    const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(8, mask.options()));
-    flat = at::bitwise_and(bits, 1).reshape(-1);
-  }
+  const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(8, mask.options()));
+  const Tensor flat = at::bitwise_and(bits, 1).reshape(-1);
   return flat.as_strided(input.sizes(), at::empty_like(input).strides()).to(at::kBool);
 }
 
@@ -151,7 +148,7 @@ struct Activated : torch::autograd::Function<Activated> {
                                        negative_slope, true);
     const Activation kind = activation_of(activation);
     // The residual is kept, not copied, where backward computes the activation's argument anew.
-    const bool keep = has(residual) && keeps_residual(kind);
+    const bool keep = has(residual) && kind != Activation::kIdentity && mask.sym_numel() == 0;
     ctx->save_for_backward(
         {input, keep ? *residual : Tensor(), mask, weight.value_or(Tensor()), bias.value_or(Tensor()), saved});
     ctx->set_materialize_grads(false);

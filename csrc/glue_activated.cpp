@@ -11,8 +11,8 @@ namespace {
 
 bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
-// On the CPU a mask has one bit an element, elsewhere one byte.
-int64_t mask_size(const Tensor& input) { return mask_bytes(input.numel(), input.is_cpu()); }
+// Masks are the CPU's; CUDA reads the residual again.
+int64_t mask_size(const Tensor& input) { return mask_bytes(input.numel()); }
 
 Epilogue epilogue_of(const Tensor& input, const OptionalTensor& residual, std::string_view activation, double slope) {
   Epilogue e;
@@ -32,8 +32,8 @@ Epilogue epilogue_of(const Tensor& input, const OptionalTensor& residual, std::s
 // A mask where backward will go by one, else no elements. Bits are set by rows that may share a byte: zeros.
 Tensor make_mask(const Tensor& input, Epilogue* e, bool wanted) {
   const auto options = input.options().dtype(at::kByte);
-  if (!wanted || !by_sign(e->activation) || !e->residual) return at::empty({0}, options);
-  Tensor mask = input.is_cpu() ? at::zeros({mask_size(input)}, options) : at::empty({mask_size(input)}, options);
+  if (!wanted || !input.is_cpu() || !by_sign(e->activation) || !e->residual) return at::empty({0}, options);
+  Tensor mask = at::zeros({mask_size(input)}, options);
   e->mask = mask.mutable_data_ptr<uint8_t>();
   return mask;
 }
@@ -73,6 +73,14 @@ ActivatedInferenceCall prepare_activated_inference(const Tensor& input, const Op
   Tensor saved = save ? at::empty({kSavedRows, plain.args.shape.c}, statistics_options(input))
                       : at::empty({0}, statistics_options(input));
   return {{plain.args, epilogue, save ? saved.mutable_data_ptr() : nullptr}, plain.output, saved, mask, plain.empty};
+}
+
+Tensor laid_as(const Tensor& residual, const Tensor& output) {
+  const bool aligned = reinterpret_cast<uintptr_t>(residual.const_data_ptr()) % 16 == 0;
+  if (aligned && residual.strides() == output.strides()) return residual;
+  Tensor laid = at::empty_like(output);
+  laid.copy_(residual);
+  return laid;
 }
 
 Tensor output_in_place(const Tensor& input, const OptionalTensor& residual) {

@@ -31,9 +31,6 @@ struct ActivatedBackwardCall {
 // "identity", "relu", "leaky_relu", "silu" or "gelu"; anything else is a ValueError.
 Activation activation_of(std::string_view name);
 
-// Whether backward needs a residual itself, and whether it needs a mask in its place.
-inline bool keeps_residual(Activation a) { return a == Activation::kSiLU || a == Activation::kGELU; }
-
 ActivatedForwardCall prepare_activated_forward(const Tensor& input, const OptionalTensor& residual,
                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -47,6 +44,9 @@ ActivatedInferenceCall prepare_activated_inference(const Tensor& input, const Op
                                                    const Tensor& running_mean, const Tensor& running_var, double eps,
                                                    std::string_view activation, double negative_slope, bool save,
                                                    const OptionalTensor& output = {});
+
+// residual itself where it lies in memory as output does, aligned for vectors, else a copy that does.
+Tensor laid_as(const Tensor& residual, const Tensor& output);
 
 // What an operator that writes into its input should give to the kernels as output: the input where it is dense, else a
 // new tensor, to be copied. Raises for an input whose elements share memory with each other or with parts of residual.

@@ -82,6 +82,7 @@ BN_HD int64_t scratch_partials(const Plan& p) {
 
 Plan plan_forward(const ForwardArgs& args, const Device& device);
 Plan plan_inference(const InferenceArgs& args, const Device& device);
+Plan plan_activation_gradient(const ActivatedBackwardArgs& args, const Device& device);
 Plan plan_activated_inference(const ActivatedInferenceArgs& args, const Device& device);
 Plan plan_backward(const BackwardArgs& args, const Device& device);
 // Of training, with a gradient at grad_input.

@@ -88,13 +88,11 @@ def test_what_is_kept_for_backward(device: str, activation: str | None, with_res
         module(x, residual)
     large = [t for t in kept.tensors if t.numel() >= x.numel()]
     pointers = {t.data_ptr() for t in large if t.dtype != torch.uint8}
-    expected = {x.data_ptr()} | ({residual.data_ptr()} if with_residual and activation in ("silu", "gelu") else set())
-    assert pointers == expected
+    by_mask = with_residual and activation in ("relu", "leaky_relu") and device == "cpu"
+    keeps = with_residual and activation is not None and not by_mask
+    assert pointers == {x.data_ptr()} | ({residual.data_ptr()} if keeps else set())
     masks = [t for t in kept.tensors if t.dtype == torch.uint8 and t.numel() > 0]
-    if with_residual and activation in ("relu", "leaky_relu"):
-        assert [m.numel() for m in masks] == [x.numel() // 8 + 16 if device == "cpu" else x.numel()]
-    else:
-        assert not masks
+    assert [m.numel() for m in masks] == ([x.numel() // 8 + 16] if by_mask else [])
     small = sum(t.numel() for t in kept.tensors if t.numel() < x.numel() and t.dtype != torch.uint8)
     assert small <= 8 * channels  # saved (6, C), weight, bias
 

@@ -45,7 +45,7 @@ def tiny_tree(folder: Path) -> Path:
     # as after a build in place, whose leavings must stay out of what is packed
     shutil.copytree(PACKAGE, folder / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "csrc").mkdir()
-    for path in (ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "plan.cpp", *(ROOT / "csrc").glob("*.h")):
+    for path in (*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "plan.cpp"):
         shutil.copy(path, folder / "csrc")
     (folder / "csrc" / "ops.cpp").write_text(TINY_OPS)
     (folder / "csrc" / "part.h").write_text("#pragma once\n")

@@ -83,12 +83,33 @@ Tensor batch_norm_inference(const Tensor& input, const OptionalTensor& weight, c
   return call.output;
 }
 
+ActivatedTensors batch_norm_act_forward(const Tensor& input, const OptionalTensor& residual,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                        const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                                        double eps, std::string_view activation, double negative_slope,
+                                        bool save_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  auto call = prepare_activated_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                                        momentum, eps, activation, negative_slope, save_mask);
+  if (!call.empty) {
+    Tensor laid;
+    if (call.args.epilogue.residual) {
+      laid = laid_as(*residual, call.output);
+      call.args.epilogue.residual = input_ref(laid);
+    }
+    plan_and_launch(input, call.args, plan_forward, forward_activated);
+  } else if (call.args.num_batches_tracked) {
+    Tensor(*num_batches_tracked).add_(1);  // an empty batch counts, as in nn.BatchNorm1d
+  }
+  return {call.output, call.saved, call.mask};
+}
+
 ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTensor& residual,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           const Tensor& running_mean, const Tensor& running_var, double eps,
                                           std::string_view activation, double negative_slope, bool save) {
   const c10::cuda::CUDAGuard guard(input.device());
-  TORCH_CHECK_NOT_IMPLEMENTED(!save, "batch_norm_act_inference has no backward on CUDA");
   const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
                                                 activation, negative_slope, save);
   if (!call.empty) {
@@ -195,9 +216,43 @@ Gradients batch_norm_inference_double_backward(const OptionalTensor& grad_grad_i
   return call.gradients();
 }
 
+// The activation's gradient first, which is the residual's, then backward of the plain batch norm: the gradient is
+// written once and read by the sweeps that would read grad_output.
+ActivatedGradients batch_norm_act_backward(const Tensor& grad_output, const Tensor& input,
+                                           const OptionalTensor& residual, const Tensor& mask,
+                                           const OptionalTensor& weight, const Tensor& saved, bool training,
+                                           std::string_view activation, double negative_slope,
+                                           std::array<bool, 4> output_mask) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const bool empty = input.numel() == 0;
+  auto call =
+      prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
+                                 negative_slope, empty ? output_mask : std::array<bool, 4>{false, true, false, false});
+  if (empty) return call.gradients();
+  Tensor laid;
+  if (call.args.epilogue.residual) {
+    laid = laid_as(*residual, call.grad_residual);
+    call.args.epilogue.residual = input_ref(laid);
+  }
+  plan_and_launch(input, call.args, plan_activation_gradient,
+                  [](const ActivatedBackwardArgs& args, const Plan& plan, void*, cudaStream_t stream) {
+                    return activation_gradient(args, plan, stream);
+                  });
+  const std::array<bool, 3> plain_mask{output_mask[0], output_mask[2], output_mask[3]};
+  const Tensor& g = call.grad_residual;
+  // Evaluation's kernel takes a variance: 1 / invstd^2 with nothing added.
+  auto [grad_input, grad_weight, grad_bias] =
+      training ? batch_norm_backward(g, input, weight, saved.narrow(0, 0, 3), plain_mask)
+               : batch_norm_inference_backward(g, input, weight, saved.select(0, 0),
+                                               saved.select(0, 2).square().reciprocal(), 0.0, plain_mask);
+  return {grad_input, output_mask[1] ? g : g.new_empty({0}), grad_weight, grad_bias};
+}
+
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", batch_norm_forward);
   m.impl("batch_norm_inference", batch_norm_inference);
+  m.impl("batch_norm_act_forward", batch_norm_act_forward);
+  m.impl("batch_norm_act_backward", batch_norm_act_backward);
   m.impl("batch_norm_act_inference", batch_norm_act_inference);
   m.impl("batch_norm_act_inference_", batch_norm_act_inference_);
   m.impl("batch_norm_backward", batch_norm_backward);

@@ -71,6 +71,27 @@ bn_ext::ActivatedInferenceArgs activated_args(const Call& call) {
   a.epilogue.activation = static_cast<bn_ext::Activation>(call.activation);
   a.epilogue.negative_slope = call.negative_slope;
   a.epilogue.residual = call.residual.ref();
+  a.saved = call.saved;
+  return a;
+}
+
+bn_ext::ActivatedForwardArgs activated_forward_args(const Call& call) {
+  bn_ext::ActivatedForwardArgs a;
+  static_cast<bn_ext::ForwardArgs&>(a) = forward_args(call);
+  a.epilogue = activated_args(call).epilogue;
+  return a;
+}
+
+// Only its activation's gradient is of interest, which goes to dx.
+bn_ext::ActivatedBackwardArgs activated_backward_args(const Call& call) {
+  bn_ext::ActivatedBackwardArgs a;
+  a.shape = {call.n, call.c, call.l};
+  a.dtype = static_cast<bn_ext::DType>(call.dtype);
+  a.x = call.x.ref();
+  a.dy = call.dy.ref();
+  a.grad_residual = call.dx.ref();
+  a.saved = call.saved;
+  a.epilogue = activated_args(call).epilogue;
   return a;
 }
 
@@ -111,7 +132,8 @@ cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
       *plan = plan_double_backward(double_backward_args(call), device);
       break;
     default:
-      *plan = plan_backward(backward_args(call), device);
+      *plan = call.activation < 0 ? plan_backward(backward_args(call), device)
+                                  : plan_activation_gradient(activated_backward_args(call), device);
   }
   return cudaSuccess;
 }
@@ -153,7 +175,10 @@ ENTRY int drive_plan(int64_t pass, const Call* call, int64_t* fields) {
 ENTRY int drive_forward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kForward), *call, &plan);
-  return error != cudaSuccess ? error : bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr);
+  if (error != cudaSuccess) return error;
+  return call->activation < 0
+             ? bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr)
+             : bn_ext::cuda::forward_activated(activated_forward_args(*call), plan, workspace, nullptr);
 }
 
 ENTRY int drive_inference(const Call* call, void*) {
@@ -167,7 +192,9 @@ ENTRY int drive_inference(const Call* call, void*) {
 ENTRY int drive_backward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
-  return error != cudaSuccess ? error : bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr);
+  if (error != cudaSuccess) return error;
+  return call->activation < 0 ? bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr)
+                              : bn_ext::cuda::activation_gradient(activated_backward_args(*call), plan, nullptr);
 }
 
 ENTRY int drive_double_backward(const Call* call, void* workspace) {

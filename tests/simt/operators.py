@@ -307,7 +307,7 @@ def run(
     lib = library() if of is None else of
     with lib.session(device, seed=seed, **model) as s:
         placed = _Placed(s, align=align, left=seed % 2 == 1)
-        call = _new_call(inputs.x)
+        call, fused = _new_call(inputs.x), inputs.activation
         call.cumulative = inputs.momentum is None
         call.momentum = 0.0 if inputs.momentum is None else inputs.momentum
         call.eps = inputs.eps
@@ -323,8 +323,8 @@ def run(
                 call.set_vector(name, t, t.data_ptr())
 
         tensor("x", placed.put("x", inputs.x, constant=True))
-        if inputs.activation is not None:
-            call.activation, call.negative_slope = ACTIVATIONS.index(inputs.activation), inputs.negative_slope
+        if fused is not None:
+            call.activation, call.negative_slope = ACTIVATIONS.index(fused), inputs.negative_slope
         if inputs.residual is not None:
             tensor("residual", placed.put("residual", inputs.residual, constant=True))
         for name in _VECTORS[:4]:
@@ -351,8 +351,8 @@ def run(
         if pass_.backward and pass_.training:
             assert saved is not None
             held["saved"] = placed.put("saved", saved, constant=True)
-        elif pass_ == Pass.FORWARD:
-            held["saved"] = s.empty("saved", (3, inputs.x.shape[1]), inputs.statistics_dtype)
+        elif pass_ == Pass.FORWARD or (pass_ == Pass.INFERENCE and fused is not None):
+            held["saved"] = s.empty("saved", (3 if fused is None else 6, inputs.x.shape[1]), inputs.statistics_dtype)
         if "saved" in held:
             call.saved = held["saved"].data_ptr()
         if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
@@ -372,7 +372,9 @@ def run(
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
         names["grad_dy"] = "grad_grad_output"
         if pass_ == Pass.FORWARD:
-            names |= {"saved": "saved", "running_mean": "running_mean", "running_var": "running_var"}
+            names |= {"running_mean": "running_mean", "running_var": "running_var"}
+        if not pass_.backward:
+            names["saved"] = "saved"
         for name, attribute in names.items():
             if name in held:
                 setattr(result, attribute, held[name].clone())
