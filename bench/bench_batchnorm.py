@@ -3,6 +3,7 @@
     python bench/bench_batchnorm.py --quick
     python bench/bench_batchnorm.py --json results.jsonl --plot results.png
     python bench/bench_batchnorm.py --filter "65536x*" --filter float32 --modes eval
+    python bench/bench_batchnorm.py --fusion --quick
     python bench/bench_batchnorm.py --device cuda --replay --seconds 120 --no-rivals
 
 bench/README.md says how to read what comes out.
@@ -25,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+import fusion
 import report
 from contenders import Bench, Disagreement, check_agreement
 from environment import MEMORY, facts, set_memory
@@ -216,13 +218,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="default",
         help="how the C library serves large tensors (bench/README.md)",
     )
+    parser.add_argument(
+        "--fusion", action="store_true", help="time relu(bn(x)) and relu(bn(x) + r) instead (fusion.py)"
+    )
     parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: tables and plot of a result file")
     args = parser.parse_args(argv)
     args.modes = args.modes.split(",")
-    unknown = sorted(set(args.modes) - set(MODES))
+    modes = DEFAULT_MODES if args.fusion else MODES
+    unknown = sorted(set(args.modes) - set(modes))
     if unknown:
-        parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(MODES)}")
-    grid = QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
+        parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(modes)}")
+    grid = fusion.POINTS if args.fusion else QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
     args.points = select(grid, args.filter)
     if not args.points:
         parser.error(f"no point of the grid matches --filter {' '.join(args.filter)}")
@@ -278,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
     try:
+        if args.fusion:
+            return fusion.run(args, log, out, QUICK_PLAN if args.quick else FULL_PLAN, cpu_clock)
         if args.load:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:

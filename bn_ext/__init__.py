@@ -13,6 +13,7 @@ _C = load_library()
 
 from . import functional  # noqa: E402  (the library registers the operators that these modules bind)
 from .convert import convert, revert  # noqa: E402
+from .fuse import fusion_report  # noqa: E402
 from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d  # noqa: E402
 
 
@@ -28,5 +29,6 @@ __all__ = [
     "build_info",
     "convert",
     "functional",
+    "fusion_report",
     "revert",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,8 +106,15 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    inplace: bool = False,
 ) -> Tensor:
     """Apply batch normalisation to every channel, as torch.nn.functional.batch_norm does.
+
+    With residual or activation the result is act(batch_norm(input) + residual), in the same passes over memory.
 
     Args:
         input: (N, C) or (N, C, L), float64, float32, bfloat16 or float16, of any strides. Tensors of another rank,
@@ -117,22 +124,37 @@ def batch_norm(
         training: use the statistics of input.
         momentum: share of the batch in the running statistics.
         eps: added to the variance.
+        residual: what is added before the activation; of input's shape and dtype for one pass. Backward reads
+            it again (relu and leaky_relu on the CPU do not), so it is kept, by reference, and must not change.
+        activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).
+        negative_slope: leaky_relu's.
+        inplace: write the result into input; in evaluation only, and where autograd does not need input.
 
     Returns:
         Tensor of input's shape and dtype, in input's memory format.
 
     Raises:
-        ValueError: one value per channel in training; eps not positive in training, or negative.
-        RuntimeError: a per-channel tensor that is not of size C; running statistics missing when not training.
+        ValueError: one value per channel in training; eps not positive in training, or negative; no such activation.
+        RuntimeError: a per-channel tensor that is not of size C; running statistics missing when not training; a
+            residual that cannot be added; inplace in training or where autograd needs input.
         NotImplementedError: input is not of a floating type.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     tensors = (input, running_mean, running_var, weight, bias)
+    plain = residual is None and activation is None and not inplace
     if has_torch_function_variadic(*tensors):
+        after: dict[str, Any] = {"residual": residual, "activation": activation, "negative_slope": negative_slope}
+        after["inplace"] = inplace
         return handle_torch_function(
-            batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+            batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps,
+            **({} if plain else after),
+        )  # fmt: skip
+    if not plain:
+        return _batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+            negative_slope, inplace,
+        )  # fmt: skip
     implementation = choose(input) if input.dim() in (2, 3) and momentum is not None else None
     if implementation is not None:
         output = fused_batch_norm(
@@ -141,3 +163,33 @@ def batch_norm(
         if output is not None:
             return output
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    inplace: bool,
+) -> Tensor:
+    from .activation import check_activation, check_call, finish, fused_batch_norm_act  # it imports this module
+
+    check_activation(activation)
+    implementation = choose(input) if input.dim() in (2, 3) and momentum is not None else None
+    if implementation is not None:
+        output = fused_batch_norm_act(
+            implementation, input, residual, running_mean, running_var, weight, bias, None, training, momentum, eps,
+            activation, negative_slope, inplace,
+        )  # fmt: skip
+        if output is not None:
+            return output
+    check_call(input, residual, training, inplace, weight, bias)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return finish(output, input, residual, activation, negative_slope, inplace)

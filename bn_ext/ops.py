@@ -19,6 +19,12 @@ batch_norm_backward = torch.ops.bn_ext.batch_norm_backward.default
 batch_norm_inference_backward = torch.ops.bn_ext.batch_norm_inference_backward.default
 batch_norm_double_backward = torch.ops.bn_ext.batch_norm_double_backward.default
 batch_norm_inference_double_backward = torch.ops.bn_ext.batch_norm_inference_double_backward.default
+batch_norm_act = torch.ops.bn_ext.batch_norm_act.default
+batch_norm_act_composite_backward = torch.ops.bn_ext.batch_norm_act_composite_backward.default
+batch_norm_act_forward = torch.ops.bn_ext.batch_norm_act_forward.default
+batch_norm_act_inference = torch.ops.bn_ext.batch_norm_act_inference.default
+batch_norm_act_inference_ = torch.ops.bn_ext.batch_norm_act_inference_.default
+batch_norm_act_backward = torch.ops.bn_ext.batch_norm_act_backward.default
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -133,3 +139,88 @@ def _(
     _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight)
     _check_devices(input, running_mean, running_var)
     return _fake_second_gradients(input, weight, output_mask)
+
+
+def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
+    """Return the bytes that forward leaves for backward on the CPU, where there is a residual and the derivative goes
+    by the sign of its argument: one bit an element, and 16 bytes to read beyond."""
+    if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
+        return 0
+    return (input.numel() + 7) // 8 + 16 if input.device.type in ("cpu", "meta") else 0
+
+
+def _fake_mask(input: Tensor, residual: Tensor | None, activation: str, wanted: bool) -> Tensor:
+    return input.new_empty((mask_size(input, residual, activation) if wanted else 0,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_act_forward")
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    saved = input.new_empty((6, input.shape[1]), dtype=statistics_dtype(input))
+    return torch.empty_like(input), saved, _fake_mask(input, residual, activation, save_mask)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_act_inference")
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, residual, weight, bias, running_mean, running_var)
+    saved = input.new_empty((6, input.shape[1]) if save else (0,), dtype=statistics_dtype(input))
+    return torch.empty_like(input), saved, _fake_mask(input, residual, activation, save)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_act_inference_")
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> None:
+    _check_devices(input, residual, weight, bias, running_mean, running_var)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_act_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_output, residual, mask, weight, saved)
+    of_input, of_residual, *of_parameters = output_mask
+    grad_input, grad_weight, grad_bias = _fake_gradients(input, weight, (of_input, *of_parameters))
+    grad_residual = torch.empty_like(input) if of_residual else input.new_empty((0,))
+    return grad_input, grad_residual, grad_weight, grad_bias

@@ -1,10 +1,10 @@
 // The entry of all but torch.func: one operator, one autograd node in C++. A Python autograd.Function costs about 25 us
 // more a training step, several times a small batch norm; bn_ext/autograd.py keeps one for torch.func alone.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd_support.h"
 #include "composite.h"
 
 namespace bn_ext {
@@ -29,11 +29,6 @@ using InferenceDoubleBackwardSchema = Gradients(const OptionalTensor&, const Opt
                                                 const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                                 const Tensor&, double, std::array<bool, 3>);
 
-// Through the dispatcher, so that every device and every mode that listens to operators is reached.
-template <class Schema>
-c10::TypedOperatorHandle<Schema> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
 const auto& forward_op() {
   static const auto op = handle<ForwardSchema>("bn_ext::batch_norm_forward");
   return op;
@@ -58,10 +53,6 @@ const auto& inference_double_backward_op() {
   static const auto op = handle<InferenceDoubleBackwardSchema>("bn_ext::batch_norm_inference_double_backward");
   return op;
 }
-
-bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 variable_list as_inputs(const Gradients& g, std::array<bool, 3> mask, size_t inputs) {
   variable_list list(inputs);
@@ -226,12 +217,6 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
   return inference_op().call(input, weight, bias, *running_mean, *running_var, eps);
-}
-
-void check_no_gradient(const OptionalTensor& t, const char* name) {
-  TORCH_CHECK(!requires_grad(t) || !at::GradMode::is_enabled(),
-              "The function 'native_batch_norm' is not differentiable with respect to argument '", name,
-              "'. This input cannot have requires_grad True.");
 }
 
 Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -14,8 +14,6 @@
 #include <vector>
 
 namespace bn_ext {
-namespace {
-
 DType dtype_of(const Tensor& t, const char* what) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -35,15 +33,19 @@ at::TensorOptions statistics_options(const Tensor& input) {
   return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+static TensorRef ref(const Tensor& t, void* data) {
+  return {data, t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
+}
+TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(t.const_data_ptr())); }
+TensorRef output_ref(const Tensor& t) { return ref(t, t.mutable_data_ptr()); }
+
+namespace {
+
 Shape shape_of(const Tensor& input) {
   const int64_t dim = input.dim();
   TORCH_CHECK_VALUE(dim == 2 || dim == 3, "expected 2D or 3D input (got ", dim, "D input)");
   return {input.size(0), input.size(1), dim == 3 ? input.size(2) : 1};
 }
-
-TensorRef ref(const Tensor& t, void* data) { return {data, t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0}; }
-TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(t.const_data_ptr())); }
-TensorRef output_ref(const Tensor& t) { return ref(t, t.mutable_data_ptr()); }
 
 // A per-channel vector that an op reads, or reads and writes. Any shape of the right number of elements will do.
 VectorRef vector_ref(const OptionalTensor& given, const Tensor& input, const char* name, bool writes = false) {
@@ -141,11 +143,11 @@ BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, c
 }
 
 // The checks of forward's saved values, and of running statistics.
-void set_saved(BackwardArgs* a, const Tensor& saved, const Tensor& input) {
-  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == 3 && saved.size(1) == a->shape.c &&
+void set_saved(BackwardArgs* a, const Tensor& saved, const Tensor& input, int64_t rows = 3) {
+  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == rows && saved.size(1) == a->shape.c &&
                   saved.scalar_type() == statistics_options(input).dtype() && saved.device() == input.device(),
-              "saved should be batch_norm_forward's contiguous (3, ", a->shape.c, ") tensor, but is ", saved.toString(),
-              " of size ", saved.sizes());
+              "saved should be batch_norm_forward's contiguous (", rows, ", ", a->shape.c, ") tensor, but is ",
+              saved.toString(), " of size ", saved.sizes());
   a->saved = saved.const_data_ptr();
 }
 void set_running(BackwardArgs* a, const Tensor& running_mean, const Tensor& running_var, double eps,
@@ -179,7 +181,8 @@ DoubleBackwardCall prepare_second_gradients(const Arriving& arriving, const Tens
 
 ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                            int64_t saved_rows) {
   ForwardCall call;
   ForwardArgs& a = call.args;
   a.shape = shape_of(input);
@@ -208,8 +211,8 @@ ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, c
   a.momentum = momentum.value_or(0.0);
   a.eps = eps;
   call.output = at::empty_like(input);
-  call.saved = call.empty ? at::zeros({3, a.shape.c}, statistics_options(input))
-                          : at::empty({3, a.shape.c}, statistics_options(input));
+  call.saved = call.empty ? at::zeros({saved_rows, a.shape.c}, statistics_options(input))
+                          : at::empty({saved_rows, a.shape.c}, statistics_options(input));
   if (call.empty) return call;
   a.x = input_ref(input);
   a.y = output_ref(call.output);
@@ -218,7 +221,8 @@ ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, c
 }
 
 InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                const Tensor& running_mean, const Tensor& running_var, double eps) {
+                                const Tensor& running_mean, const Tensor& running_var, double eps,
+                                const OptionalTensor& output) {
   InferenceCall call;
   InferenceArgs& a = call.args;
   a.shape = shape_of(input);
@@ -234,7 +238,7 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
   }
   a.dtype = dtype_of(input, "batch_norm");
   a.eps = eps;
-  call.output = at::empty_like(input);
+  call.output = output.has_value() ? *output : at::empty_like(input);
   if (call.empty) return call;
   a.x = input_ref(input);
   a.y = output_ref(call.output);
@@ -242,9 +246,9 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
 }
 
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                              const Tensor& saved, std::array<bool, 3> output_mask) {
+                              const Tensor& saved, std::array<bool, 3> output_mask, int64_t saved_rows) {
   BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
-  set_saved(&call.args, saved, input);
+  set_saved(&call.args, saved, input, saved_rows);
   return call;
 }
 

@@ -46,15 +46,24 @@ struct Arriving {
   OptionalTensor input, weight, bias;
 };
 
+// A tensor's type for the kernels, else native's error; the options of its statistics; a raw view of a (N, C) or
+// (N, C, L) tensor.
+DType dtype_of(const Tensor& t, const char* what);
+at::TensorOptions statistics_options(const Tensor& input);
+TensorRef input_ref(const Tensor& t);
+TensorRef output_ref(const Tensor& t);
+
 ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps);
+                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                            int64_t saved_rows = 3);
 
 InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                const Tensor& running_mean, const Tensor& running_var, double eps);
+                                const Tensor& running_mean, const Tensor& running_var, double eps,
+                                const OptionalTensor& output = {});
 
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                              const Tensor& saved, std::array<bool, 3> output_mask);
+                              const Tensor& saved, std::array<bool, 3> output_mask, int64_t saved_rows = 3);
 
 BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                         const Tensor& running_mean, const Tensor& running_var, double eps,

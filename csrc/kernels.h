@@ -78,6 +78,10 @@ struct Parallel {
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) = nullptr;
 };
 
+struct ActivatedForwardArgs;  // activation.h
+struct ActivatedInferenceArgs;
+struct ActivatedBackwardArgs;
+
 namespace cpu {
 
 struct Kernels {
@@ -85,6 +89,9 @@ struct Kernels {
   void (*inference)(const InferenceArgs&, const Parallel&);
   void (*backward)(const BackwardArgs&, const Parallel&);
   void (*double_backward)(const DoubleBackwardArgs&, const Parallel&);
+  void (*forward_activated)(const ActivatedForwardArgs&, const Parallel&);
+  void (*inference_activated)(const ActivatedInferenceArgs&, const Parallel&);
+  void (*backward_activated)(const ActivatedBackwardArgs&, const Parallel&);
 };
 
 // The same body compiled once per instruction-set level; a level that this build lacks is nullptr.

@@ -283,6 +283,19 @@ Plan plan_inference(const InferenceArgs& a, const Device& d) {
   return make_plan(r, d);
 }
 
+Plan plan_activation_gradient(const ActivatedBackwardArgs& a, const Device& d) {
+  Request r{Pass::kInference, a.shape, a.dtype, {a.dy, a.x, a.grad_residual}, 2, true, false, false};
+  return make_plan(r, d);
+}
+
+Plan plan_activated_inference(const ActivatedInferenceArgs& a, const Device& d) {
+  const bool sum = bool(a.epilogue.residual);
+  Request r{Pass::kInference, a.shape, a.dtype, {a.x}, sum ? 2 : 1, true, false, false};
+  if (sum) r.operand[1] = a.epilogue.residual;
+  r.operand[r.inputs] = a.y;
+  return make_plan(r, d);
+}
+
 Plan plan_backward(const BackwardArgs& a, const Device& d) {
   const bool training = a.saved != nullptr, sums = training || a.grad_weight || a.grad_bias, output = bool(a.dx);
   Request r{training ? Pass::kBackward : Pass::kInferenceBackward,

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "kernels.h"
 
 namespace bn_ext {
@@ -81,6 +82,8 @@ BN_HD int64_t scratch_partials(const Plan& p) {
 
 Plan plan_forward(const ForwardArgs& args, const Device& device);
 Plan plan_inference(const InferenceArgs& args, const Device& device);
+Plan plan_activation_gradient(const ActivatedBackwardArgs& args, const Device& device);
+Plan plan_activated_inference(const ActivatedInferenceArgs& args, const Device& device);
 Plan plan_backward(const BackwardArgs& args, const Device& device);
 // Of training, with a gradient at grad_input.
 Plan plan_double_backward(const DoubleBackwardArgs& args, const Device& device);

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import data
 import train_mlp
+import train_residual
 
 QUIET = Console(quiet=True)
 
@@ -170,3 +171,21 @@ def test_defaults_depend_on_the_data() -> None:
     assert (digits.epochs, digits.batch_size, digits.lr) == train_mlp.DEFAULTS["digits"]
     assert (fashion.epochs, fashion.batch_size) == train_mlp.DEFAULTS["fashion-mnist"][:2] and fashion.lr == 0.5
     assert digits.plot != fashion.plot and digits.plot.suffix == ".png"
+
+
+def test_the_fused_residual_network_agrees_with_the_native_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_residual.main(["--epochs", "2", "--no-compile"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("relu(batch norm + residual)") == train_residual.BLOCKS and "agrees" in said
+
+
+def test_a_fused_network_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = bn_ext.convert
+
+    def wrong(model: nn.Module, fuse: bool) -> nn.Module:
+        model = original(model, fuse=fuse)
+        model[1].activation = "gelu"
+        return model
+
+    monkeypatch.setattr(bn_ext, "convert", wrong)
+    assert train_residual.main(["--epochs", "1", "--no-compile"]) == 1

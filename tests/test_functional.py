@@ -20,9 +20,11 @@ F64 = torch.float64
 
 def test_signature_is_natives() -> None:
     mine, theirs = inspect.signature(batch_norm), inspect.signature(F.batch_norm)
-    assert [(p.name, p.default, p.kind) for p in mine.parameters.values()] == [
+    parameters = list(mine.parameters.values())
+    assert [(p.name, p.default, p.kind) for p in parameters[: len(theirs.parameters)]] == [
         (p.name, p.default, p.kind) for p in theirs.parameters.values()
     ]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[len(theirs.parameters) :])
 
 
 def given(device: str, dtype: torch.dtype, stats: bool, weight: bool, bias: bool) -> dict[str, Tensor | None]:

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 DRIVER = HERE / "instructions" / "driver.cpp"
 COUNTS = HERE / "instructions" / "counts.json"
 UPDATE = "BN_EXT_UPDATE_COUNTS"
-CASES = re.findall(r'\{"(\w+)", \{(\d+), (\d+), (\d+)\}', DRIVER.read_text())
+CASES = re.findall(r'\{"(\w+)",\s+\{(\d+), (\d+), (\d+)\}', DRIVER.read_text())
 # Another minor release of the C library or of valgrind may count its own few calls differently.
 TOLERANCE = 0.02
 

@@ -9,15 +9,19 @@ namespace {
 #include "cpu/statistics.h"
 #include "cpu/statistics_float.h"
 #include "cpu/normalise.h"
+#include "cpu/activated.h"
+#include "cpu/activated_gradient.h"
 #include "cpu/gradient.h"
 #include "cpu/gradient_float.h"
 #include "cpu/grad_input.h"
 #include "cpu/drivers.h"
 #include "cpu/double_backward.h"
+#include "cpu/drivers_activated.h"
 #include "cpu/entries.h"
 // clang-format on
 
-const Kernels kKernels = {forward, inference, backward, double_backward};
+const Kernels kKernels = {forward,           inference,           backward,          double_backward,
+                          forward_activated, inference_activated, backward_activated};
 }  // namespace
 }  // namespace cpu
 }  // namespace bn_ext

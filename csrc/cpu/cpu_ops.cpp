@@ -7,7 +7,7 @@
 #include <string>
 
 #include "cpu/huge_pages.h"
-#include "glue.h"
+#include "glue_activated.h"
 
 namespace bn_ext {
 namespace cpu {
@@ -102,6 +102,62 @@ Gradients run_double_backward(const DoubleBackwardCall& call) {
   return call.gradients();
 }
 
+ActivatedTensors batch_norm_act_forward(const Tensor& input, const OptionalTensor& residual,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                        const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                                        double eps, std::string_view activation, double negative_slope,
+                                        bool save_mask) {
+  const auto call =
+      prepare_activated_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                eps, activation, negative_slope, save_mask);
+  if (!call.empty) {
+    advise(call.output);
+    level().kernels->forward_activated(call.args, parallel());
+  } else if (call.args.num_batches_tracked) {
+    ++*call.args.num_batches_tracked;
+  }
+  return {call.output, call.saved, call.mask};
+}
+
+ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTensor& residual,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const Tensor& running_mean, const Tensor& running_var, double eps,
+                                          std::string_view activation, double negative_slope, bool save) {
+  const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
+                                                activation, negative_slope, save);
+  if (!call.empty) {
+    advise(call.output);
+    level().kernels->inference_activated(call.args, parallel());
+  }
+  return {call.output, call.saved, call.mask};
+}
+
+void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                               double eps, std::string_view activation, double negative_slope) {
+  const Tensor output = output_in_place(input, residual);
+  const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
+                                                activation, negative_slope, false, output);
+  if (!call.empty) level().kernels->inference_activated(call.args, parallel());
+  if (!call.output.is_same(input)) input.copy_(call.output);
+}
+
+ActivatedGradients batch_norm_act_backward(const Tensor& grad_output, const Tensor& input,
+                                           const OptionalTensor& residual, const Tensor& mask,
+                                           const OptionalTensor& weight, const Tensor& saved, bool training,
+                                           std::string_view activation, double negative_slope,
+                                           std::array<bool, 4> output_mask) {
+  const auto call = prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
+                                               negative_slope, output_mask);
+  if (!call.plain.empty) {
+    if (call.args.dx) advise(call.plain.grad_input);
+    if (call.args.grad_residual) advise(call.grad_residual);
+    level().kernels->backward_activated(call.args, parallel());
+  }
+  return call.gradients();
+}
+
 Gradients batch_norm_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
                                      const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
                                      const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
@@ -128,6 +184,10 @@ TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
   m.impl("batch_norm_inference_backward", batch_norm_inference_backward);
   m.impl("batch_norm_double_backward", batch_norm_double_backward);
   m.impl("batch_norm_inference_double_backward", batch_norm_inference_double_backward);
+  m.impl("batch_norm_act_forward", batch_norm_act_forward);
+  m.impl("batch_norm_act_inference", batch_norm_act_inference);
+  m.impl("batch_norm_act_inference_", batch_norm_act_inference_);
+  m.impl("batch_norm_act_backward", batch_norm_act_backward);
 }
 
 }  // namespace

@@ -22,10 +22,9 @@ inline DoubleReads read_by_apply(const DoubleBackwardArgs& a) {
 }
 
 template <class T>
-inline Readers<T, 3> double_readers(const Geometry& g, const DoubleBackwardArgs& a, const DoubleReads& reads) {
-  return {{{g, 1, reads.dy ? a.dy.data : nullptr},
-           {g, 2, reads.x ? a.x.data : nullptr},
-           {g, 3, reads.gg ? a.gg_x.data : nullptr}}};
+inline Sources<T, 3> double_sources(const Geometry& g, const DoubleBackwardArgs& a, const DoubleReads& reads) {
+  return {{g, 1, reads.dy ? a.dy.data : nullptr},
+          {{{g, 2, reads.x ? a.x.data : nullptr}, {g, 3, reads.gg ? a.gg_x.data : nullptr}}}};
 }
 
 // Sums of channel c, zero where none are needed -> the gradient of the weight, coefficients.
@@ -62,11 +61,11 @@ inline void double_backward_typed(const DoubleBackwardArgs& a, const Parallel& p
   const CoefficientsOf<DoubleGradInput<T>> coefficients{
       reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels), channels};
   const DoubleReads by_sums = read_by_sums(a), by_apply = read_by_apply(a);
-  const Readers<T, 3> summed = double_readers<T>(g, a, by_sums), applied = double_readers<T>(g, a, by_apply);
+  const Sources<T, 3> summed = double_sources<T>(g, a, by_sums), applied = double_sources<T>(g, a, by_apply);
   const Outputs<DoubleGradInput<T>> outputs{static_cast<T*>(a.grad_dy.data), static_cast<T*>(a.dx.data)};
   const int64_t together = channels_together(g, 3 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
-    if (by_sums.any()) reduce_gradients<T, 3>(g, summed, state.centres, sums, c0, c1, p);
+    if (by_sums.any()) reduce_gradients(g, summed, state.centres, sums, c0, c1, p);
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       if (by_sums.any()) sum_chunks(g, sums, b, e);
       for (int64_t c = b; c < e; ++c) {
@@ -77,6 +76,6 @@ inline void double_backward_typed(const DoubleBackwardArgs& a, const Parallel& p
     });
     if (!a.grad_dy && !a.dx) return;
     const Order order = by_sums.any() ? Order::kReverse : Order::kForward;
-    apply_gradients<DoubleGradInput<T>>(g, applied, outputs, coefficients, c0, c1, order, p);
+    apply_gradients<DoubleGradInput<T>, Reader<T>>(g, applied, outputs, coefficients, c0, c1, order, p);
   });
 }

@@ -64,17 +64,32 @@ inline void finish_channel(const ForwardArgs& a, const Partials& partials, doubl
   }
 }
 
-template <class T>
-inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
+// The geometry of the output, the input and what else is read beside it, what follows the normalisation, and where its
+// coefficients lie: in memory of the driver or, for backward, in `saved`.
+template <class Args>
+inline Geometry geometry_of(const Args& a) {
   const TensorRef operands[] = {a.y, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 2);
+  return make_geometry(a.shape, operands, 2);
+}
+template <class T, class Args>
+inline Unactivated after_of(const Geometry&, const Args&) {
+  return {};
+}
+template <class T, class Args>
+inline NormaliseCoefficients<T> coefficients_of(const Args& a, double* memory) {
+  return {reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
+}
+
+template <class T, class Args>
+inline void forward_typed(const Args& a, const Parallel& par) {
+  const Geometry g = geometry_of(a);
   const int64_t chunks = g.chunks(), channels = g.channels;
   const Scratch scratch((chunks * 3 + 3) * channels);
   const Partials partials{scratch.data(), channels};
-  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data() + chunks * 3 * channels),
-                                              channels};
+  const auto coefficients = coefficients_of<T>(a, scratch.data() + chunks * 3 * channels);
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
+  const auto after = after_of<T>(g, a);
   if (a.num_batches_tracked) ++*a.num_batches_tracked;
   double momentum = a.momentum;
   if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
@@ -91,33 +106,37 @@ inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
       for (int64_t c = b; c < e; ++c) finish_channel<T>(a, partials, momentum, c, coefficients);
     });
     if (g.columns) {
-      normalise_columns(g, x, y, coefficients, Order::kReverse, p);
+      normalise_columns(g, x, y, coefficients, Order::kReverse, p, after);
     } else {
-      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p);
+      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p, after);
     }
   });
 }
 
 template <class T>
-inline void inference_typed(const InferenceArgs& a, const Parallel& par) {
-  const TensorRef operands[] = {a.y, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 2);
+inline void save_statistics(const InferenceArgs&, int64_t, Scalar<T>, Scalar<T>, double) {}
+
+template <class T, class Args>
+inline void inference_typed(const Args& a, const Parallel& par) {
+  const Geometry g = geometry_of(a);
   const Scratch scratch(3 * g.channels);
-  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data()), g.channels};
+  const auto coefficients = coefficients_of<T>(a, scratch.data());
   for_channel_blocks(0, g.channels, 0, par, [&](int64_t b, int64_t e) {
     for (int64_t c = b; c < e; ++c) {
       Scalar<T> hi, lo;
       split(load_element(a.running_mean, c), 0.0, &hi, &lo);
-      const double variance = load_element(a.running_var, c);
-      set_normalise<T>(coefficients, c, hi, lo, variance, inverse_std(variance, a.eps), a.weight, a.bias);
+      const double variance = load_element(a.running_var, c), invstd = inverse_std(variance, a.eps);
+      set_normalise<T>(coefficients, c, hi, lo, variance, invstd, a.weight, a.bias);
+      save_statistics<T>(a, c, hi, lo, invstd);
     }
   });
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
+  const auto after = after_of<T>(g, a);
   if (g.columns) {
-    normalise_columns(g, x, y, coefficients, Order::kForward, par);
+    normalise_columns(g, x, y, coefficients, Order::kForward, par, after);
   } else {
-    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par);
+    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par, after);
   }
 }
 
@@ -199,10 +218,12 @@ inline ChannelState<T> state_in(const BackwardArgs& a, double* memory, int64_t c
   return state;
 }
 
-template <class T>
-inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
-  const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 3);
+// The sums of dy as `reduced` gives it, the parameter gradients from them and, where `applied` is given, dx of batch
+// statistics of dy as that gives it: the same, or a copy with outputs of its own. Of fixed statistics, without `saved`,
+// dx is a multiple of the tensor dy.
+template <class T, class Dy>
+inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy& reduced, const Dy* applied,
+                             const Parallel& par) {
   const int64_t chunks = g.chunks(), channels = g.channels;
   const Scratch scratch((chunks * 2 + kStateDoubles + 5) * channels);
   const ChunkSums<2> sums{scratch.data(), channels};
@@ -211,17 +232,26 @@ inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const CoefficientsOf<GradInput<T>> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels),
                                                   channels};
   if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
-  if (!a.saved && !a.grad_weight && !a.grad_bias) return;
+  if (!applied && !a.grad_weight && !a.grad_bias) return;
 
-  const Readers<T, 2> in{{{g, 1, a.dy.data}, {g, 2, a.x.data}}};
-  T* dx = a.saved ? static_cast<T*>(a.dx.data) : nullptr;
+  const Reader<T> x(g, 2, a.x.data);
   const int64_t together = channels_together(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
-    reduce_gradients<T, 2>(g, in, state.centres, sums, c0, c1, p);
+    reduce_gradients(g, Sources<T, 2, Dy>{reduced, {x}}, state.centres, sums, c0, c1, p);
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       sum_chunks(g, sums, b, e);
       for (int64_t c = b; c < e; ++c) finish_gradient<T>(a, sums, state, c, coefficients);
     });
-    if (dx) apply_gradients<GradInput<T>>(g, in, {dx}, coefficients, c0, c1, Order::kReverse, p);
+    if (!applied) return;
+    apply_gradients<GradInput<T>, Dy>(g, {*applied, {x}}, {static_cast<T*>(a.dx.data)}, coefficients, c0, c1,
+                                      Order::kReverse, p);
   });
+}
+
+template <class T>
+inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
+  const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
+  const Geometry g = make_geometry(a.shape, operands, 3);
+  const Reader<T> dy(g, 1, a.dy.data);
+  reduce_and_apply<T>(g, a, dy, a.dx && a.saved ? &dy : nullptr, par);
 }

@@ -20,9 +20,11 @@ struct DoubleGradInput {
   static void apply(const VecC<T>* in, const VecC<T>* c, VecC<T>* out) { double_gradients(in, c, out); }
 };
 
-// The tensors of a pass. Outputs lie like the lead operand; of several each may be absent (null).
-template <class Op>
-using ReadersOf = Readers<typename Op::Element, Op::kInputs>;
+// What a pass reads and writes. Outputs lie like the lead operand; of several each may be absent (null).
+template <class Op, class Dy = Reader<typename Op::Element>>
+using SourcesOf = Sources<typename Op::Element, Op::kInputs, Dy>;
+template <class Op, class Row>
+using PiecesOf = Pieces<typename Op::Element, Op::kInputs, Row>;
 template <class Op>
 using Outputs = std::array<typename Op::Element*, Op::kOutputs>;
 template <class Op>
@@ -54,16 +56,26 @@ inline void for_outputs(bool stream, bool whole, const std::array<T*, kOutputs>&
   });
 }
 
+// The pieces from element v on.
+template <class T, int kInputs, class Row>
+inline Pieces<T, kInputs, Row> operator+(const Pieces<T, kInputs, Row>& in, int64_t v) {
+  Pieces<T, kInputs, Row> from;
+  from.dy[0] = in.dy[0] + v;
+  for (int k = 0; k + 1 < kInputs; ++k) from.rest[k][0] = in.rest[k][0] + v;
+  return from;
+}
+
 // One step of a row or a run: `in` at its elements, `left` of which there are where it is a tail.
-template <class Op, bool kStream, class Tail, class CoefficientAt>
-inline __attribute__((always_inline)) void apply_step(const typename Op::Element* const* in, const Outputs<Op>& out,
-                                                      int64_t at, int64_t left, Tail tail,
-                                                      const CoefficientAt& coefficient) {
+template <class Op, bool kStream, class Row, class Tail, class CoefficientAt>
+inline __attribute__((always_inline)) void apply_step(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t at,
+                                                      int64_t left, Tail tail, const CoefficientAt& coefficient) {
   using T = typename Op::Element;
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kInputs = Op::kInputs, kOutputs = Op::kOutputs;
-  T buffer[kN];
+  constexpr int kVectors = kPackVectors<T>, kInputs = Op::kInputs, kOutputs = Op::kOutputs;
+  T buffer[kPack<T>];
   VecC<T> loaded[kInputs][kVectors], made[kOutputs][kVectors];
-  for (int k = 0; k < kInputs; ++k) load_pack(tail ? padded<kN>(in[k] + at, left, T(), buffer) : in[k] + at, loaded[k]);
+  for (int k = 1; k < kInputs; ++k) load_pack_at(in.rest[k - 1][0], at, left, tail, loaded[k]);
+  load_gradient<T>(in.dy[0], at, left, tail, loaded[1], loaded[0]);
+  keep_gradient<T>(in.dy[0], at, left, tail, loaded[0]);
   for (int u = 0; u < kVectors; ++u) {
     VecC<T> of[kInputs], c[Op::kCoefficients], result[kOutputs];
     for (int k = 0; k < kInputs; ++k) of[k] = loaded[k][u];
@@ -83,8 +95,8 @@ inline __attribute__((always_inline)) void apply_step(const typename Op::Element
 }
 
 // Columns from c0 on of a row of coefficients.
-template <class Op, bool kStream>
-inline void apply_row(const typename Op::Element* const* in, const Outputs<Op>& out, int64_t n,
+template <class Op, bool kStream, class Row>
+inline void apply_row(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t n,
                       const Scalar<typename Op::Element>* const* c, int64_t c0) {
   using T = typename Op::Element;
   for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
@@ -94,9 +106,9 @@ inline void apply_row(const typename Op::Element* const* in, const Outputs<Op>& 
   });
 }
 
-template <class Op, bool kStream>
-inline void apply_run(const typename Op::Element* const* in, const Outputs<Op>& out, int64_t n,
-                      const CoefficientsOf<Op>& c, int64_t channel) {
+template <class Op, bool kStream, class Run>
+inline void apply_run(const PiecesOf<Op, Run>& in, const Outputs<Op>& out, int64_t n, const CoefficientsOf<Op>& c,
+                      int64_t channel) {
   using T = typename Op::Element;
   VecC<T> k[Op::kCoefficients];
   for (int i = 0; i < Op::kCoefficients; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
@@ -105,29 +117,23 @@ inline void apply_run(const typename Op::Element* const* in, const Outputs<Op>& 
   });
 }
 
-template <class Op>
-inline void apply_task(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs, const ColumnTask& t,
+template <class Op, class Dy>
+inline void apply_task(const Geometry& g, const SourcesOf<Op, Dy>& in, const Outputs<Op>& outputs, const ColumnTask& t,
                        const Scalar<typename Op::Element>* const* c, bool stream) {
   using T = typename Op::Element;
-  constexpr int kInputs = Op::kInputs;
-  T buffer[kInputs][kBlockColumns];
+  Buffers<T, Op::kInputs, Dy, kBlockColumns> buffers;
+  const typename RowsOf<Dy>::type of_dy(in.dy, t);
   for (int64_t r = t.r0; r < t.r1; ++r) {
-    const T* from[kInputs];
-    for (int k = 0; k < kInputs; ++k) {
-      in[k].fetch_ahead(r, t.v0, t.n);
-      from[k] = in[k].row(r, t.v0, t.n, buffer[k]);
-    }
+    const auto from = pieces_of_rows<1>(in, of_dy, t, r, buffers);
     const auto row = outputs_at(outputs, [&](T* base) { return lead_row(g, base, r, t.v0); });
     for_outputs(stream, kPackVectors<T> > 1, row, t.n, [&](auto streamed, int64_t v, int64_t n, const auto& out) {
-      const T* at[kInputs];
-      for (int k = 0; k < kInputs; ++k) at[k] = from[k] + v;
-      apply_row<Op, decltype(streamed)::value>(at, out, n, c, v);
+      apply_row<Op, decltype(streamed)::value>(from + v, out, n, c, v);
     });
   }
 }
 
-template <class Op>
-inline void apply_columns(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+template <class Op, class Dy>
+inline void apply_columns(const Geometry& g, const SourcesOf<Op, Dy>& in, const Outputs<Op>& outputs,
                           const CoefficientsOf<Op>& coefficients, Order order, const Parallel& par) {
   using T = typename Op::Element;
   using A = Scalar<T>;
@@ -142,37 +148,35 @@ inline void apply_columns(const Geometry& g, const ReadersOf<Op>& in, const Outp
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded.of, c);
-      apply_task<Op>(g, in, outputs, t, c, stream);
+      apply_task<Op, Dy>(g, in, outputs, t, c, stream);
     });
     stream_fence();
   });
 }
 
-template <class Op>
-inline void apply_planes(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+template <class Op, class Dy>
+inline void apply_planes(const Geometry& g, const SourcesOf<Op, Dy>& in, const Outputs<Op>& outputs,
                          const CoefficientsOf<Op>& coefficients, int64_t c0, int64_t c1, Order order,
                          const Parallel& par) {
   using T = typename Op::Element;
-  constexpr int kInputs = Op::kInputs;
-  const bool direct = all_direct(in), stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, direct, order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
-    T buffer[kInputs][kGather];
-    const T* from[kInputs];
-    for (int k = 0; k < kInputs; ++k) from[k] = in[k].run(o, c, i0, n, buffer[k]);
+  // What is computed lies in packs, and only whole ones can be read.
+  constexpr bool kWhole = !std::is_same<typename Dy::Element, T>::value && kPackVectors<T> > 1;
+  const bool stream = streams_output(g, sizeof(T));
+  for_planes(g, c0, c1, in.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+    Buffers<T, Op::kInputs, Dy, kGather> buffers;
+    const auto from = pieces_of_run(in, o, c, i0, n, buffers, false);
     const auto run = outputs_at(outputs, [&](T* base) { return lead_run(g, base, o, c, i0); });
-    for_outputs(stream, false, run, n, [&](auto streamed, int64_t i, int64_t count, const auto& out) {
-      const T* at[kInputs];
-      for (int k = 0; k < kInputs; ++k) at[k] = from[k] + i;
-      apply_run<Op, decltype(streamed)::value>(at, out, count, coefficients, c);
+    for_outputs(stream, kWhole, run, n, [&](auto streamed, int64_t i, int64_t count, const auto& out) {
+      apply_run<Op, decltype(streamed)::value>(from + i, out, count, coefficients, c);
     });
   });
 }
 
 // Channels [c0, c1), in either layout.
-template <class Op>
-inline void apply_gradients(const Geometry& g, const ReadersOf<Op>& in, const Outputs<Op>& outputs,
+template <class Op, class Dy>
+inline void apply_gradients(const Geometry& g, const SourcesOf<Op, Dy>& in, const Outputs<Op>& outputs,
                             const CoefficientsOf<Op>& coefficients, int64_t c0, int64_t c1, Order order,
                             const Parallel& par) {
-  if (g.columns) return apply_columns<Op>(g, in, outputs, coefficients, order, par);
-  apply_planes<Op>(g, in, outputs, coefficients, c0, c1, order, par);
+  if (g.columns) return apply_columns<Op, Dy>(g, in, outputs, coefficients, order, par);
+  apply_planes<Op, Dy>(g, in, outputs, coefficients, c0, c1, order, par);
 }

@@ -1,4 +1,4 @@
-// The reductions of backward and of its derivatives in double, over rows and runs of two or three tensors: dy, x and,
+// The reductions of backward and of its derivatives in double, over rows and runs of two or three sources: dy, x and,
 // for second derivatives, gg, the gradient that arrived at dx. Included inside the level's namespace.
 
 // sum(dy), sum(dy * (x - mean)); with gg those of double_formulas.h.
@@ -27,31 +27,62 @@ using Means = Coefficients<double, 2>;
 // x - mean in double. In float the difference would carry one rounding error for all x of a binade, and so a bias that
 // sum(dy * (x - mean)) adds up wherever dy has a mean.
 template <class T>
-inline VecD centre(const T* x, VecD mean, VecD rest) {
-  const VecD d = load_double(x) - mean;
+inline VecD centre(VecD x, VecD mean, VecD rest) {
+  const VecD d = x - mean;
   if constexpr (sizeof(T) == sizeof(double)) return d - rest;
   return d;
 }
 
-// Gathered rows of a group, or pieces of runs.
-template <class T, int kInputs>
-using RowBuffer = T[kInputs][kGradientRowGroup * kBlockColumns];
+// dy of a task's rows, one after the other: rows(r, x of row r, buffer).
+template <class Dy>
+struct RowsOf {
+  using type = typename Dy::Rows;
+};
+template <class T>
+struct RowsOf<Reader<T>> {
+  struct type {
+    const Reader<T>& dy;
+    const ColumnTask& t;
+    type(const Reader<T>& source, const ColumnTask& task, bool = false) : dy(source), t(task) {}
+    const T* operator()(int64_t r, const T*, T* buffer) const { return dy.next_row(r, t.v0, t.n, buffer); }
+  };
+};
 
-// body(rows), rows[input][row of the group], over the rows of a task; single ones past the caches, see kStreamBytes.
-template <class T, int kInputs, class Body>
-inline void for_gradient_rows(const Geometry& g, const Readers<T, kInputs>& in, const ColumnTask& t, int64_t r0,
-                              int64_t r1, RowBuffer<T, kInputs>& buffer, const Body& body) {
+// `kRows` rows of all sources from r on; `rows`: those of dy.
+template <int kRows, class T, int kInputs, class Dy, class Rows, class Memory>
+inline auto pieces_of_rows(const Sources<T, kInputs, Dy>& in, const Rows& rows, const ColumnTask& t, int64_t r,
+                           Memory& buffers) {
+  Pieces<T, kInputs, decltype(rows(r, nullptr, buffers.dy)), kRows> of;
+  for (int k = 0; k + 1 < kInputs; ++k) {
+    for (int j = 0; j < kRows; ++j) {
+      of.rest[k][j] = in.rest[k].next_row(r + j, t.v0, t.n, buffers.rest[k] + j * kBlockColumns);
+    }
+  }
+  for (int j = 0; j < kRows; ++j) of.dy[j] = rows(r + j, of.rest[0][j], buffers.dy + j * kBlockColumns);
+  return of;
+}
+// A piece of a run of all sources.
+template <class T, int kInputs, class Dy, class Memory>
+inline auto pieces_of_run(const Sources<T, kInputs, Dy>& in, int64_t o, int64_t c, int64_t i, int64_t n,
+                          Memory& buffers, bool in_order) {
+  Pieces<T, kInputs, decltype(in.dy.run(o, c, i, n, nullptr, buffers.dy, in_order))> of;
+  for (int k = 0; k + 1 < kInputs; ++k) of.rest[k][0] = in.rest[k].run(o, c, i, n, buffers.rest[k]);
+  of.dy[0] = in.dy.run(o, c, i, n, of.rest[0][0], buffers.dy, in_order);
+  return of;
+}
+
+template <class T, int kInputs, class Dy>
+using RowBuffers = Buffers<T, kInputs, Dy, kGradientRowGroup * kBlockColumns>;
+
+// body(pieces) over the rows of a task, in groups; single ones past the caches, see kStreamBytes.
+template <class T, int kInputs, class Dy, class Rows, class Body>
+inline void for_gradient_rows(const Geometry& g, const Sources<T, kInputs, Dy>& in, const Rows& rows,
+                              const ColumnTask& t, int64_t r0, int64_t r1, RowBuffers<T, kInputs, Dy>& buffers,
+                              const Body& body) {
   int64_t r = r0;
   const auto group = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
-    const T* rows[kInputs][kRows];
-    for (int k = 0; k < kInputs; ++k) {
-      for (int j = 0; j < kRows; ++j) {
-        in[k].fetch_ahead(r + j, t.v0, t.n);
-        rows[k][j] = in[k].row(r + j, t.v0, t.n, buffer[k] + j * kBlockColumns);
-      }
-    }
-    body(rows);
+    body(pieces_of_rows<kRows>(in, rows, t, r, buffers));
     r += kRows;
   };
   if (!streams(g, sizeof(T))) {
@@ -60,12 +91,18 @@ inline void for_gradient_rows(const Geometry& g, const Readers<T, kInputs>& in, 
   while (r < r1) group(std::integral_constant<int, 1>());
 }
 
-template <class T, int kInputs, int kRows>
-inline void accumulate_gradient_rows(const T* const (&rows)[kInputs][kRows], int64_t n, const double* const* mean,
-                                     double (*sum)[kBlockColumns]) {
+// Elements from p + at on in double, and of a tail nothing behind its end.
+template <class E, class Tail>
+inline __attribute__((always_inline)) VecD load_double_at(const E* p, int64_t at, int64_t left, Tail tail) {
+  E buffer[kLanesD];
+  return load_double(tail ? padded<kLanesD>(p + at, left, E(), buffer) : p + at);
+}
+
+template <class T, int kInputs, class G, int kRows>
+inline void accumulate_gradient_rows(const Pieces<T, kInputs, const G*, kRows>& rows, int64_t n,
+                                     const double* const* mean, double (*sum)[kBlockColumns]) {
   constexpr int kCount = kSums<kInputs>;
   for_vectors<kLanesD>(n, [&](int64_t v, auto tail) {
-    T buffer[kInputs][kLanesD];
     double buffer_mean[kLanesD], buffer_rest[kLanesD];
     const int64_t left = n - v;
     const auto m = load_raw<VecD>(tail ? padded<kLanesD>(mean[0] + v, left, 0.0, buffer_mean) : mean[0] + v);
@@ -74,10 +111,9 @@ inline void accumulate_gradient_rows(const T* const (&rows)[kInputs][kRows], int
     for (int i = 0; i < kCount; ++i) total[i] = load_raw<VecD>(sum[i] + v);
     for (int j = 0; j < kRows; ++j) {
       VecD in[kInputs], term[kCount];
-      for (int k = 0; k < kInputs; ++k) {
-        const T* p = tail ? padded<kLanesD>(rows[k][j] + v, left, T(), buffer[k]) : rows[k][j] + v;
-        in[k] = k == 1 ? centre(p, m, rest) : load_double(p);
-      }
+      in[0] = load_double_at(rows.dy[j], v, left, tail);
+      for (int k = 1; k < kInputs; ++k) in[k] = load_double_at(rows.rest[k - 1][j], v, left, tail);
+      in[1] = centre<T>(in[1], m, rest);
       gradient_terms<kInputs>(in, term);
       for (int i = 0; i < kCount; ++i) total[i] += term[i];
     }
@@ -123,32 +159,31 @@ inline bool store_gradient_columns(const Geometry& g, const ColumnTask& t, doubl
 }
 
 // Columns of a task in double, which holds whatever the values are; `redo` as in store_gradient_columns.
-template <class T, int kInputs>
-inline void gradient_columns_double(const Geometry& g, const Readers<T, kInputs>& in, const ColumnTask& t,
+template <class T, int kInputs, class Dy>
+inline void gradient_columns_double(const Geometry& g, const Sources<T, kInputs, Dy>& in, const ColumnTask& t,
                                     const Means& means, const ChunkSums<kSums<kInputs>>& sums,
                                     const bool* redo = nullptr) {
   alignas(64) double sum[kSums<kInputs>][kBlockColumns];
   alignas(64) double expanded[2 * kBlockColumns];
-  RowBuffer<T, kInputs> buffer;
+  RowBuffers<T, kInputs, Dy> buffers;
+  const typename RowsOf<Dy>::type of_dy(in.dy, t, true);
   const double* mean[2];
   means.expand(g, t.v0, t.n, expanded, mean);
   for (double* s : sum) std::fill(s, s + padded_size(t.n), 0.0);
-  for_gradient_rows<T, kInputs>(g, in, t, t.r0, t.r1, buffer,
-                                [&](const auto& rows) { accumulate_gradient_rows(rows, t.n, mean, sum); });
+  for_gradient_rows(g, in, of_dy, t, t.r0, t.r1, buffers,
+                    [&](const auto& rows) { accumulate_gradient_rows(rows, t.n, mean, sum); });
   store_gradient_columns(g, t, sum, sums, redo, nullptr, [](int64_t, double*) {});
 }
 
-// body(n, pointers) over the pieces of a chunk of one channel.
-template <class T, int kInputs, class Body>
-inline void for_gradient_runs(const Readers<T, kInputs>& in, const PlaneChunk& p, int64_t c, const Body& body) {
-  T buffer[kInputs][kGather];
-  const int64_t step = all_direct(in) ? p.n : kGather;
+// body(n, pieces) over the pieces of a chunk of one channel.
+template <class T, int kInputs, class Dy, class Body>
+inline void for_gradient_runs(const Sources<T, kInputs, Dy>& in, const PlaneChunk& p, int64_t c, const Body& body) {
+  Buffers<T, kInputs, Dy, kGather> buffers;
+  const int64_t step = in.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
     for (int64_t i = 0; i < p.n; i += step) {
       const int64_t n = std::min(step, p.n - i);
-      const T* from[kInputs];
-      for (int k = 0; k < kInputs; ++k) from[k] = in[k].run(o, c, p.i0 + i, n, buffer[k]);
-      body(n, from);
+      body(n, pieces_of_run(in, o, c, p.i0 + i, n, buffers, true));
     }
   }
 }
@@ -157,20 +192,18 @@ inline void for_gradient_runs(const Readers<T, kInputs>& in, const PlaneChunk& p
 template <int kInputs>
 constexpr int kWays = kInputs == 2 ? 4 : 2;
 
-template <class T, int kInputs>
-inline void gradient_planes_double(const Geometry& g, const Readers<T, kInputs>& in, int64_t chunk, int64_t c,
+template <class T, int kInputs, class Dy>
+inline void gradient_planes_double(const Geometry& g, const Sources<T, kInputs, Dy>& in, int64_t chunk, int64_t c,
                                    const Means& means, const ChunkSums<kSums<kInputs>>& sums) {
   constexpr int kCount = kSums<kInputs>;
   const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
   RunSums<kCount, kWays<kInputs>> acc;
-  for_gradient_runs<T, kInputs>(in, plane_chunk(g, chunk), c, [&](int64_t n, const T* const* from) {
+  for_gradient_runs(in, plane_chunk(g, chunk), c, [&](int64_t n, const auto& from) {
     for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
-      T buffer[kInputs][kLanesD];
       VecD at[kInputs], term[kCount];
-      for (int k = 0; k < kInputs; ++k) {
-        const T* p = tail ? padded<kLanesD>(from[k] + j, n - j, T(), buffer[k]) : from[k] + j;
-        at[k] = k == 1 ? centre(p, mean, rest) : load_double(p);
-      }
+      at[0] = load_double_at(from.dy[0], j, n - j, tail);
+      for (int k = 1; k < kInputs; ++k) at[k] = load_double_at(from.rest[k - 1][0], j, n - j, tail);
+      at[1] = centre<T>(at[1], mean, rest);
       gradient_terms<kInputs>(at, term);
       for (int i = 0; i < kCount; ++i) acc.s[i][u % kWays<kInputs>] += term[i];
     });

@@ -20,22 +20,22 @@ inline void recentre(double rest, double* sums) {
 
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kInputs, int kRows>
-inline void accumulate_gradient_rows_float(const T* const (&rows)[kInputs][kRows], int64_t n, const float* shift,
+template <class T, int kInputs, class Row, int kRows>
+inline void accumulate_gradient_rows_float(const Pieces<T, kInputs, Row, kRows>& rows, int64_t n, const float* shift,
                                            float (*sum)[kBlockColumns]) {
-  constexpr int kN = kPack<T>, kVectors = kPackVectors<T>, kCount = kSums<kInputs>;
-  for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
+  constexpr int kVectors = kPackVectors<T>, kCount = kSums<kInputs>;
+  for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     VecF shifts[kVectors], total[kCount][kVectors] = {};
     for (int u = 0; u < kVectors; ++u) shifts[u] = load_raw<VecF>(shift + v + u * kLanesF);
-    const auto load = [&](const T* from, VecF* to) __attribute__((always_inline)) {
-      T buffer[kN];
-      load_pack(tail ? padded<kN>(from + v, n - v, T(), buffer) : from + v, to);
+    const auto load = [&](int j, VecF(*to)[kVectors]) __attribute__((always_inline)) {
+      for (int k = 1; k < kInputs; ++k) load_pack_at(rows.rest[k - 1][j], v, n - v, tail, to[k]);
+      load_gradient<T>(rows.dy[j], v, n - v, tail, to[1], to[0]);
     };
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
       VecF in[kInputs][kVectors], more[kInputs][kVectors];
-      for (int k = 0; k < kInputs; ++k) load(rows[k][j], in[k]);
-      for (int k = 0; two && k < kInputs; ++k) load(rows[k][j + 1], more[k]);
+      load(j, in);
+      if (two) load(j + 1, more);
       for (int u = 0; u < kVectors; ++u) {
         VecF at[kInputs], term[kCount];
         for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][u] - shifts[u] : in[k][u];
@@ -58,13 +58,14 @@ inline void accumulate_gradient_rows_float(const T* const (&rows)[kInputs][kRows
   });
 }
 
-template <class T, int kInputs>
-inline void gradient_columns_float(const Geometry& g, const Readers<T, kInputs>& in, const ColumnTask& t,
+template <class T, int kInputs, class Dy>
+inline void gradient_columns_float(const Geometry& g, const Sources<T, kInputs, Dy>& in, const ColumnTask& t,
                                    const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
   constexpr int kCount = kSums<kInputs>;
   alignas(64) float shift[kBlockColumns], part[kCount][kBlockColumns];
   alignas(64) double sum[kCount][kBlockColumns], in_order[kBlockColumns];
-  RowBuffer<T, kInputs> buffer;
+  RowBuffers<T, kInputs, Dy> buffers;
+  const typename RowsOf<Dy>::type of_dy(in.dy, t);
   const int64_t size = packed_size<T>(t.n);
   for (float* f : part) std::fill(f, f + size, 0.0f);
   for (double* s : sum) std::fill(s, s + size, 0.0);
@@ -73,8 +74,8 @@ inline void gradient_columns_float(const Geometry& g, const Readers<T, kInputs>&
   const bool stream = streams(g, sizeof(T));
   const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
   for (int64_t r = t.r0; r < t.r1; r += batch) {
-    for_gradient_rows<T, kInputs>(g, in, t, r, std::min(r + batch, t.r1), buffer,
-                                  [&](const auto& rows) { accumulate_gradient_rows_float(rows, t.n, k[0], part); });
+    for_gradient_rows(g, in, of_dy, t, r, std::min(r + batch, t.r1), buffers,
+                      [&](const auto& rows) { accumulate_gradient_rows_float(rows, t.n, k[0], part); });
     for (int i = 0; i < kCount; ++i) flush_columns(size, part[i], sum[i]);
   }
   if constexpr (kPackVectors<T> > 1) {
@@ -86,21 +87,21 @@ inline void gradient_columns_float(const Geometry& g, const Readers<T, kInputs>&
   bool unsafe[kBlockColumns];
   const auto correct = [&](int64_t c, double* s) { recentre<kCount>(centres.rest[c], s); };
   const bool any = store_gradient_columns(g, t, sum, sums, nullptr, unsafe, correct);
-  if (any) gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums, unsafe);
+  if (any) gradient_columns_double(g, in.in_order(), t, centres.means, sums, unsafe);
 }
 
-template <class T, int kInputs>
-inline void accumulate_gradient_run_float(const T* const* from, int64_t n, float shift,
+template <class T, int kInputs, class Run>
+inline void accumulate_gradient_run_float(const Pieces<T, kInputs, Run>& from, int64_t n, float shift,
                                           FloatRunSums<kSums<kInputs>>* sums) {
-  constexpr int kN = 2 * kLanesF, kCount = kSums<kInputs>, kW = kWays<kInputs>;
+  constexpr int kCount = kSums<kInputs>, kW = kWays<kInputs>;
   const VecF mean = VecF{} + shift;
   VecF acc[kCount][kW] = {};
-  for_run<kN>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-    T buffer[kInputs][kN];
+  for_run<2 * kLanesF>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
     VecF in[kInputs][2], at[kInputs], term[2][kCount];
-    for (int k = 0; k < kInputs; ++k) {
-      const T* p = tail ? padded<kN>(from[k] + i, n - i, T(), buffer[k]) : from[k] + i;
-      for (int w = 0; w < 2; w += kPackVectors<T>) load_pack(p + w * kLanesF, in[k] + w);
+    for (int w = 0; w < 2; w += kPackVectors<T>) {
+      const int64_t v = i + w * kLanesF;
+      for (int k = 1; k < kInputs; ++k) load_pack_at(from.rest[k - 1][0], v, n - v, tail, in[k] + w);
+      load_gradient<T>(from.dy[0], v, n - v, tail, in[1] + w, in[0] + w);
     }
     for (int w = 0; w < 2; ++w) {
       for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][w] - mean : in[k][w];
@@ -111,20 +112,18 @@ inline void accumulate_gradient_run_float(const T* const* from, int64_t n, float
   sums->add(acc);
 }
 
-template <class T, int kInputs>
-inline void gradient_planes_float(const Geometry& g, const Readers<T, kInputs>& in, int64_t chunk, int64_t c0,
+template <class T, int kInputs, class Dy>
+inline void gradient_planes_float(const Geometry& g, const Sources<T, kInputs, Dy>& in, int64_t chunk, int64_t c0,
                                   int64_t c1, const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
   constexpr int kCount = kSums<kInputs>;
-  constexpr int64_t kPiece = run_piece(2 * kLanesF, kWays<kInputs>);
+  constexpr int64_t kLongest = run_piece(2 * kLanesF, kWays<kInputs>);
   using Sums = FloatRunSums<kCount>;
-  T buffer[kInputs][kGather];
+  Buffers<T, kInputs, Dy, kGather> buffers;
   Sums of_channels[kPlaneGroup];
   const float* shift = centres.shift.row(0);
-  const int64_t step = all_direct(in) ? kPiece : std::min(kGather, kPiece);
+  const int64_t step = in.direct() ? kLongest : std::min(kGather, kLongest);
   const auto add = [&](int64_t o, int64_t c, int64_t i, int64_t n, Sums* of_channel) {
-    const T* from[kInputs];
-    for (int k = 0; k < kInputs; ++k) from[k] = in[k].run(o, c, i, n, buffer[k]);
-    accumulate_gradient_run_float<T, kInputs>(from, n, shift[c], of_channel);
+    accumulate_gradient_run_float(pieces_of_run(in, o, c, i, n, buffers, false), n, shift[c], of_channel);
   };
   for_chunk_runs(plane_chunk(g, chunk), c0, c1, step, of_channels, add);
   for (int64_t c = c0; c < c1; ++c) {
@@ -135,7 +134,7 @@ inline void gradient_planes_float(const Geometry& g, const Readers<T, kInputs>& 
       finite &= is_finite(total[i]);
     }
     if (!finite) {
-      gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
+      gradient_planes_double(g, in.in_order(), chunk, c, centres.means, sums);
       continue;
     }
     recentre<kCount>(centres.rest[c], total);
@@ -143,39 +142,39 @@ inline void gradient_planes_float(const Geometry& g, const Readers<T, kInputs>& 
   }
 }
 
-template <class T, int kInputs>
-inline void reduce_columns(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+template <class T, int kInputs, class Dy>
+inline void reduce_columns(const Geometry& g, const Sources<T, kInputs, Dy>& in, const Centres<T>& centres,
                            const ChunkSums<kSums<kInputs>>& sums, const Parallel& par) {
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const ColumnTask t = column_task(g, task);
       if constexpr (sizeof(T) < sizeof(double)) {
-        gradient_columns_float<T, kInputs>(g, in, t, centres, sums);
+        gradient_columns_float(g, in, t, centres, sums);
       } else {
-        gradient_columns_double<T, kInputs>(g, in, t, centres.means, sums);
+        gradient_columns_double(g, in, t, centres.means, sums);
       }
     }
   });
 }
 
-template <class T, int kInputs>
-inline void reduce_planes(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+template <class T, int kInputs, class Dy>
+inline void reduce_planes(const Geometry& g, const Sources<T, kInputs, Dy>& in, const Centres<T>& centres,
                           const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
   for_plane_groups(g, c0, c1, par, [&](int64_t chunk, int64_t first, int64_t last) {
     if constexpr (sizeof(T) < sizeof(double)) {
-      gradient_planes_float<T, kInputs>(g, in, chunk, first, last, centres, sums);
+      gradient_planes_float(g, in, chunk, first, last, centres, sums);
     } else {
       for (int64_t c = first; c < last; ++c) {
-        gradient_planes_double<T, kInputs>(g, in, chunk, c, centres.means, sums);
+        gradient_planes_double(g, in, chunk, c, centres.means, sums);
       }
     }
   });
 }
 
 // Sums of channels [c0, c1) by chunk, in either layout.
-template <class T, int kInputs>
-inline void reduce_gradients(const Geometry& g, const Readers<T, kInputs>& in, const Centres<T>& centres,
+template <class T, int kInputs, class Dy>
+inline void reduce_gradients(const Geometry& g, const Sources<T, kInputs, Dy>& in, const Centres<T>& centres,
                              const ChunkSums<kSums<kInputs>>& sums, int64_t c0, int64_t c1, const Parallel& par) {
-  if (g.columns) return reduce_columns<T, kInputs>(g, in, centres, sums, par);
-  reduce_planes<T, kInputs>(g, in, centres, sums, c0, c1, par);
+  if (g.columns) return reduce_columns(g, in, centres, sums, par);
+  reduce_planes(g, in, centres, sums, c0, c1, par);
 }

@@ -110,13 +110,19 @@ inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body)
   for (int64_t i = 0; i < end - begin; ++i) body(order == Order::kForward ? begin + i : end - 1 - i);
 }
 
-template <class T>
+// What follows the normalisation in the same pass: nothing, or activated.h's Activated.
+struct Unactivated {
+  static constexpr bool direct() { return true; }
+};
+
+template <class T, class After>
 inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t, const Scalar<T>* const* c,
-                           bool stream) {
+                           bool stream, const After& after) {
   T buffer[kBlockColumns];
   const bool centred = !all_zero(c[0], packed_size<T>(t.n));
   for_row_groups<1>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto, int64_t r, const T* const* rows) {
     T* out = lead_row(g, y, r, t.v0);
+    if constexpr (!std::is_same<After, Unactivated>::value) return after.row(g, rows[0], out, t, r, stream, c);
     for_streamed(stream, kPackVectors<T> > 1, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
       constexpr bool kStream = decltype(streamed)::value;
       if (centred) {
@@ -128,9 +134,9 @@ inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const Co
   });
 }
 
-template <class T>
+template <class T, class After = Unactivated>
 inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                              Order order, const Parallel& par) {
+                              Order order, const Parallel& par, const After& after = After()) {
   const bool stream = streams_output(g, sizeof(T));
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Scalar<T> expanded[3 * kBlockColumns];
@@ -138,7 +144,7 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
-      normalise_task(g, x, y, t, c, stream);
+      normalise_task(g, x, y, t, c, stream, after);
     });
     stream_fence();
   });
@@ -171,14 +177,17 @@ inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, O
   });
 }
 
-template <class T>
+template <class T, class After = Unactivated>
 inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
-                             int64_t c0, int64_t c1, Order order, const Parallel& par) {
+                             int64_t c0, int64_t c1, Order order, const Parallel& par, const After& after = After()) {
   const bool stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, x.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+  for_planes(g, c0, c1, x.direct() && after.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
     T buffer[kGather];
     const T* in = x.run(o, c, i0, n, buffer);
     T* out = lead_run(g, y, o, c, i0);
+    if constexpr (!std::is_same<After, Unactivated>::value) {
+      return after.run(g, in, out, o, c, i0, n, stream, coefficients);
+    }
     for_streamed(stream, false, out, n, [&](auto streamed, int64_t i, int64_t count) {
       normalise_run<T, decltype(streamed)::value>(in + i, out + i, count, coefficients, c);
     });

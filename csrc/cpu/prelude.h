@@ -16,6 +16,7 @@
 #define BN_EXT_X86 1
 #endif
 
+#include "activation.h"
 #include "double_formulas.h"
 #include "formulas.h"
 #include "kernels.h"

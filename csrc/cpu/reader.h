@@ -11,6 +11,8 @@ constexpr int64_t kGather = 1024;  // elements of a run gathered at a time
 template <class T>
 class Reader {
  public:
+  using Element = T;
+
   // Without data it reads as zeros, which cost no memory traffic.
   Reader(const Geometry& g, int operand, const void* data)
       : g_(g),
@@ -21,6 +23,7 @@ class Reader {
   }
 
   bool direct() const { return direct_; }
+  const Reader& in_order() const { return *this; }
 
   // Columns [v0, v0 + n) of row r: in place, or gathered into `buffer` (n elements).
   const T* row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
@@ -40,11 +43,13 @@ class Reader {
     return buffer;
   }
 
-  // Before columns [v0, v0 + n) of row r are read: where they are a piece of a wider row, asks for a later row's.
-  void fetch_ahead(int64_t r, int64_t v0, int64_t n) const {
-    if (!apart_) return;
-    const int64_t bytes = n * int64_t(sizeof(T)), later = r + 1 + kPrefetchBytes / bytes;
-    if (later < g_.rows) prefetch(base_ + g_.row_offset(k_, later) + v0, bytes);
+  // The same where rows are read in their order: if the columns are a piece of a wider row, asks for a later row's.
+  const T* next_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+    if (apart_) {
+      const int64_t bytes = n * int64_t(sizeof(T)), later = r + 1 + kPrefetchBytes / bytes;
+      if (later < g_.rows) prefetch(base_ + g_.row_offset(k_, later) + v0, bytes);
+    }
+    return row(r, v0, n, buffer);
   }
 
   // Elements [i0, i0 + n) of the run of channel c at outer index o.
@@ -55,6 +60,10 @@ class Reader {
     if (direct_) return run;
     for (int64_t j = 0; j < n; ++j) buffer[j] = run[j * s.inner];
     return buffer;
+  }
+  // As a source of dy (Sources), which may depend on x.
+  const T* run(int64_t o, int64_t c, int64_t i0, int64_t n, const T*, T* buffer, bool) const {
+    return run(o, c, i0, n, buffer);
   }
 
  private:
@@ -70,13 +79,35 @@ class Reader {
   bool direct_, apart_;
 };
 
-// The tensors that a pass reads, in the order of its operands.
-template <class T, int kInputs>
-using Readers = std::array<Reader<T>, kInputs>;
-template <class T, size_t kInputs>
-inline bool all_direct(const std::array<Reader<T>, kInputs>& in) {
-  return std::all_of(in.begin(), in.end(), [](const Reader<T>& reader) { return reader.direct(); });
-}
+// What a pass reads, in the order of its operands: dy from a tensor or from what makes it of one
+// (activated_gradient.h), and tensors, the first of which is x.
+template <class T, int kInputs, class Dy = Reader<T>>
+struct Sources {
+  Dy dy;
+  std::array<Reader<T>, kInputs - 1> rest;
+
+  // The same with dy in the order of memory, as sums in double read it.
+  auto in_order() const { return Sources<T, kInputs, std::decay_t<decltype(dy.in_order())>>{dy.in_order(), rest}; }
+
+  bool direct() const {
+    return dy.direct() && std::all_of(rest.begin(), rest.end(), [](const Reader<T>& r) { return r.direct(); });
+  }
+};
+
+// Of all of these, some rows or a piece of a run; Row: what a row or a run of dy is.
+template <class T, int kInputs, class Row, int kRows = 1>
+struct Pieces {
+  Row dy[kRows];
+  const T* rest[kInputs - 1][kRows];
+};
+
+// Memory for `kSize` elements of each. What is computed of dy is read by whole vectors, from any element on.
+template <class T, int kInputs, class Dy, int64_t kSize>
+struct Buffers {
+  static constexpr bool kComputed = !std::is_same<typename Dy::Element, T>::value;
+  alignas(kComputed ? 64 : alignof(T)) typename Dy::Element dy[kSize + (kComputed ? kPack<T> : 0)];
+  T rest[kInputs - 1][kSize];
+};
 
 inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
 inline bool streams_output(const Geometry& g, int64_t element_size) {
@@ -89,10 +120,7 @@ inline void for_row_groups(const Reader<T>& x, int64_t r0, int64_t r1, int64_t v
                            const Body& body) {
   const auto group = [&](auto count, int64_t r) {
     const T* rows[decltype(count)::value];
-    for (int j = 0; j < count; ++j) {
-      x.fetch_ahead(r + j, v0, n);
-      rows[j] = x.row(r + j, v0, n, buffer + j * kBlockColumns);
-    }
+    for (int j = 0; j < count; ++j) rows[j] = x.next_row(r + j, v0, n, buffer + j * kBlockColumns);
     body(count, r, rows);
   };
   int64_t r = r0;

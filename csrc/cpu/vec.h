@@ -225,6 +225,13 @@ inline const T* padded(const T* p, int64_t n, T fill, T* buffer) {
   return buffer;
 }
 
+// The pack from p + at on; of a tail, which has `left` elements, nothing behind its end.
+template <class T, class Tail>
+inline __attribute__((always_inline)) void load_pack_at(const T* p, int64_t at, int64_t left, Tail tail, VecC<T>* v) {
+  T buffer[kPack<T>];
+  load_pack(tail ? padded<kPack<T>>(p + at, left, T(), buffer) : p + at, v);
+}
+
 // value - 0 is value, zeros' signs included: set lane by lane, GCC 12 makes one masked instruction of each.
 template <class V, class E>
 inline V broadcast(E value) {

@@ -106,7 +106,7 @@ struct Backward : GradientSums<T, V> {
   static constexpr bool kOnePass = false;
   static constexpr int kCoefficients = 5;
 
-  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[5][V]) {
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[5][V], const Args&) {
     Vec<T, V> dx;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -151,7 +151,7 @@ struct EvaluationBackward : GradientSums<T, V> {
     return static_cast<A>(invstd_of(a, channel) * read(a.weight, channel, 1));
   }
 
-  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[1][V]) {
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[1][V], const Args&) {
     return scaled(in[0], c);
   }
 
@@ -173,7 +173,7 @@ struct EvaluationScale {
   using Args = BackwardArgs;
   static constexpr int kVector = V, kInputs = 1, kOutputs = 1, kCoefficients = 1, kUnroll = 4;
 
-  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[1][V]) {
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[1][V], const Args&) {
     return scaled(in[0], c);
   }
   static __device__ void coefficients(const Args& a, int64_t channel, int j, int, A* out) {

@@ -82,7 +82,8 @@ struct DoubleBackward {
     return r;
   }
 
-  static __device__ __forceinline__ Results<T, V, 2> apply(const Vec<T, V> (&in)[3], const A (&c)[kCoefficients][V]) {
+  static __device__ __forceinline__ Results<T, V, 2> apply(const Vec<T, V> (&in)[3], const A (&c)[kCoefficients][V],
+                                                           const Args&) {
     Results<T, V, 2> r;
 #pragma unroll
     for (int i = 0; i < V; ++i) {

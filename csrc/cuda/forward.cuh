@@ -13,7 +13,8 @@ struct Affine {
   using A = typename Accumulate<T>::Type;
   static constexpr int kVector = V, kInputs = 1, kOutputs = 1, kCoefficients = 3;
 
-  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V]) {
+  template <class Args>
+  static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V], const Args&) {
     Vec<T, V> y;
 #pragma unroll
     for (int i = 0; i < V; ++i) y[i] = narrow<T>((widen(in[0][i]) - c[0][i]) * c[1][i] + c[2][i]);

@@ -73,6 +73,33 @@ cudaError_t inference_of(const InferenceArgs& args, const Plan& plan, cudaStream
       plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
 }
 
+// As with_vector, of the operation with or without a residual.
+template <template <typename, int, bool> class Op, typename T, class Use>
+cudaError_t with_residual(const Epilogue& epilogue, const Plan& plan, const Use& use) {
+  return epilogue.residual ? with_vector<Summed<Op>::template Of, T>(plan, use)
+                           : with_vector<Alone<Op>::template Of, T>(plan, use);
+}
+
+template <typename T>
+cudaError_t forward_activated_of(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,
+                                 cudaStream_t stream) {
+  return with_residual<ActivatedForward, T>(args.epilogue, plan, [&](auto* op) {
+    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+  });
+}
+
+template <typename T>
+cudaError_t inference_activated_of(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) {
+  return with_residual<ActivatedEvaluation, T>(
+      args.epilogue, plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+}
+
+template <typename T>
+cudaError_t activation_gradient_of(const ActivatedBackwardArgs& args, const Plan& plan, cudaStream_t stream) {
+  return with_residual<ActivationGradient, T>(
+      args.epilogue, plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+}
+
 template <typename T>
 cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   const auto reduce = [&](auto* op) {
@@ -92,19 +119,29 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
 }
 
 // Defines the entries of one type (entries.h).
-#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                            \
-  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {   \
-    return forward_of<T>(args, plan, workspace, stream);                                                          \
-  }                                                                                                               \
-  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                \
-    return inference_of<T>(args, plan, stream);                                                                   \
-  }                                                                                                               \
-  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) { \
-    return backward_of<T>(args, plan, workspace, stream);                                                         \
-  }                                                                                                               \
-  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,           \
-                                     cudaStream_t stream) {                                                       \
-    return double_backward_of<T>(args, plan, workspace, stream);                                                  \
+#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                                \
+  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {       \
+    return forward_of<T>(args, plan, workspace, stream);                                                              \
+  }                                                                                                                   \
+  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                    \
+    return inference_of<T>(args, plan, stream);                                                                       \
+  }                                                                                                                   \
+  cudaError_t forward_activated_##NAME(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,           \
+                                       cudaStream_t stream) {                                                         \
+    return forward_activated_of<T>(args, plan, workspace, stream);                                                    \
+  }                                                                                                                   \
+  cudaError_t activation_gradient_##NAME(const ActivatedBackwardArgs& args, const Plan& plan, cudaStream_t stream) {  \
+    return activation_gradient_of<T>(args, plan, stream);                                                             \
+  }                                                                                                                   \
+  cudaError_t inference_activated_##NAME(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) { \
+    return inference_activated_of<T>(args, plan, stream);                                                             \
+  }                                                                                                                   \
+  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {     \
+    return backward_of<T>(args, plan, workspace, stream);                                                             \
+  }                                                                                                                   \
+  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,               \
+                                     cudaStream_t stream) {                                                           \
+    return double_backward_of<T>(args, plan, workspace, stream);                                                      \
   }
 
 }  // namespace cuda

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         coefficient[0][i] = place.active && channel < plan.channels ? Op::scale_of(args, channel) : A(0);
       }
       const auto write_row = [&](int64_t offset, const Vec<T, V>(&in)[K]) {
-        worker.put(offset, Op::apply(in, coefficient));
+        worker.put(offset, worker.template applied<V>(in, coefficient, offset));
       };
       if (args.dx) {
         worker.template first_sweep<true>(use, write_row);

@@ -62,6 +62,22 @@ cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t 
                                                                                                           stream);
 }
 
+cudaError_t forward_activated(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,
+                              cudaStream_t stream) {
+  return of_type(args.dtype, forward_activated_float32, forward_activated_float64, forward_activated_bfloat16,
+                 forward_activated_float16)(args, plan, workspace, stream);
+}
+
+cudaError_t activation_gradient(const ActivatedBackwardArgs& args, const Plan& plan, cudaStream_t stream) {
+  return of_type(args.dtype, activation_gradient_float32, activation_gradient_float64, activation_gradient_bfloat16,
+                 activation_gradient_float16)(args, plan, stream);
+}
+
+cudaError_t inference_activated(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) {
+  return of_type(args.dtype, inference_activated_float32, inference_activated_float64, inference_activated_bfloat16,
+                 inference_activated_float16)(args, plan, stream);
+}
+
 cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   return of_type(args.dtype, backward_float32, backward_float64, backward_bfloat16, backward_float16)(
       args, plan, workspace, stream);

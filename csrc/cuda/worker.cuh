@@ -1,6 +1,7 @@
 // A block at work: the tensors that it reads and writes, its sweeps over their rows.
 #pragma once
 
+#include "activated.cuh"
 #include "backward.cuh"
 #include "double_backward.cuh"
 #include "forward.cuh"
@@ -21,6 +22,13 @@ struct Tensors {
       : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
   __device__ explicit Tensors(const InferenceArgs& a)
       : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
+  __device__ explicit Tensors(const ActivatedInferenceArgs& a)
+      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {
+    if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.epilogue.residual.data);
+  }
+  __device__ explicit Tensors(const ActivatedBackwardArgs& a)
+      : in{static_cast<const T*>(a.dy.data), static_cast<const T*>(a.x.data)},
+        out{static_cast<T*>(a.grad_residual.data)} {}
   __device__ explicit Tensors(const BackwardArgs& a)
       : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.dx.data)} {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.x.data);
@@ -36,6 +44,12 @@ struct Tensors {
   }
 };
 
+// Whether an operation reads a residual of the output's strides where it writes.
+template <class Op, class = void>
+struct reads_beside : std::false_type {};
+template <class Op>
+struct reads_beside<Op, std::void_t<decltype(Op::kBeside)>> : std::bool_constant<Op::kBeside> {};
+
 // A block at work on its part of a tile.
 template <class Op>
 struct Worker {
@@ -44,13 +58,13 @@ struct Worker {
   static constexpr int V = Op::kVector, K = Op::kInputs, U = Op::kUnroll;
 
   const Plan& plan;
+  const typename Op::Args& args;
   const Place<V> place;
   const Tensors<Op> tensors;
   const Slots<T, V, K> slots;
 
-  template <class Args>
-  __device__ Worker(const Plan& p, const Args& args, Vec<T, V>* shared)
-      : plan(p), place(p), tensors(args), slots{shared} {}
+  __device__ Worker(const Plan& p, const typename Op::Args& a, Vec<T, V>* shared)
+      : plan(p), args(a), place(p), tensors(a), slots{shared} {}
 
   __device__ int kept() const { return min(plan.kept, place.rows); }
 
@@ -80,6 +94,21 @@ struct Worker {
 #pragma unroll
     for (int o = 0; o < Op::kOutputs; ++o) {
       if (tensors.out[o] != nullptr) put_one(offset, r.v[o], i, o);
+    }
+  }
+
+  // Outputs of a row of inputs, at `offset`, where an operation with kBeside reads another N elements.
+  template <int N>
+  __device__ __forceinline__ auto applied(const Vec<T, V> (&in)[K], const A (&coefficient)[Op::kCoefficients][V],
+                                          int64_t offset) const {
+    if constexpr (reads_beside<Op>::value) {
+      const auto some = load<N, Cache::kLastUse>(static_cast<const T*>(args.epilogue.residual.data) + offset);
+      Vec<T, V> beside;
+#pragma unroll
+      for (int i = 0; i < V; ++i) beside[i] = some[N == 1 ? 0 : i];
+      return Op::apply(in, beside, coefficient, args);
+    } else {
+      return Op::apply(in, coefficient, args);
     }
   }
 
@@ -203,13 +232,13 @@ struct Worker {
       for (; r - U >= stay; r -= U) {
         load_rows<Cache::kLastUse, true, true>(&c, U, &chunk, out);
 #pragma unroll
-        for (int u = 0; u < U; ++u) put(out[u], Op::apply(chunk.v[u], coefficient));
+        for (int u = 0; u < U; ++u) put(out[u], applied<V>(chunk.v[u], coefficient, out[u]));
       }
       if (const int rows = r - stay; rows > 0) {
         load_rows<Cache::kLastUse, true, true>(&c, rows, &chunk, out);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (u < rows) put(out[u], Op::apply(chunk.v[u], coefficient));
+          if (u < rows) put(out[u], applied<V>(chunk.v[u], coefficient, out[u]));
         }
       }
     }
@@ -220,7 +249,7 @@ struct Worker {
         Vec<T, V> in[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) in[k] = slots.at(r, k);
-        put(c.output(), Op::apply(in, coefficient));
+        put(c.output(), applied<V>(in, coefficient, c.output()));
         c.advance(plan);
       }
     }
@@ -250,7 +279,7 @@ struct Worker {
 #pragma unroll
         for (int e = 0; e < V; ++e) wide[k][e] = in[k][0];
       }
-      put_one(offset, Op::apply(wide, coefficient), i);
+      put_one(offset, applied<1>(wide, coefficient, offset), i);
     });
   }
 

@@ -15,6 +15,9 @@ struct Case {
   Shape shape;
   DType dtype;
   enum { kForward, kBackward, kDoubleBackward } pass;
+  bool activated = false;  // by bn_ext::Activation, of x plus a residual where `residual`
+  Activation activation = Activation::kIdentity;
+  bool residual = false;
 };
 
 const Case kCases[] = {
@@ -24,6 +27,24 @@ const Case kCases[] = {
     {"backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, Case::kBackward},
     {"double_backward_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kDoubleBackward},
     {"double_backward_planes_bfloat16", {16, 16, 512}, DType::kBFloat16, Case::kDoubleBackward},
+    {"forward_relu_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kForward, true, Activation::kReLU},
+    {"forward_gelu_planes_float32", {16, 16, 512}, DType::kFloat32, Case::kForward, true, Activation::kGELU},
+    {"forward_residual_relu_columns_bfloat16",
+     {512, 256, 1},
+     DType::kBFloat16,
+     Case::kForward,
+     true,
+     Activation::kReLU,
+     true},
+    {"backward_relu_columns_float32", {512, 256, 1}, DType::kFloat32, Case::kBackward, true, Activation::kReLU},
+    {"backward_silu_planes_float32", {16, 16, 512}, DType::kFloat32, Case::kBackward, true, Activation::kSiLU},
+    {"backward_residual_relu_planes_bfloat16",
+     {16, 16, 512},
+     DType::kBFloat16,
+     Case::kBackward,
+     true,
+     Activation::kReLU,
+     true},
 };
 
 constexpr int kTensors = 5;
@@ -38,8 +59,9 @@ int main(int argc, char** argv) {
     if (kernels == nullptr) return 3;
     const int64_t numel = c.shape.numel();
     // Values between -1 and 1 from a linear congruential generator; bfloat16 is a float's upper half.
-    std::vector<float> wide(kTensors * numel), statistics(3 * c.shape.c);
+    std::vector<float> wide(kTensors * numel), statistics(kSavedRows * c.shape.c);
     std::vector<uint16_t> narrow(kTensors * numel);
+    std::vector<uint8_t> mask(mask_bytes(numel));
     uint32_t state = 1;
     for (int64_t i = 0; i < kTensors * numel; ++i) {
       state = state * 1664525u + 1013904223u;
@@ -48,7 +70,10 @@ int main(int argc, char** argv) {
       std::memcpy(&bits, &wide[i], 4);
       narrow[i] = static_cast<uint16_t>(bits >> 16);
     }
-    for (int64_t i = 0; i < c.shape.c; ++i) statistics[2 * c.shape.c + i] = 1.7f;
+    for (int64_t i = 0; i < c.shape.c; ++i) {
+      statistics[2 * c.shape.c + i] = 1.7f;
+      statistics[4 * c.shape.c + i] = 1.7f;
+    }
     const auto tensor = [&](int k) {
       void* data = c.dtype == DType::kFloat32 ? static_cast<void*>(wide.data() + k * numel) : narrow.data() + k * numel;
       return TensorRef{data, c.shape.c * c.shape.l, c.shape.l, c.shape.l > 1 ? 1 : 0};
@@ -58,8 +83,10 @@ int main(int argc, char** argv) {
                                  }};
     std::vector<float> grad_weight(c.shape.c), grad_bias(c.shape.c);
     for (int i = 0; i < std::atoi(argv[2]); ++i) {
-      if (c.pass != Case::kForward) {
-        DoubleBackwardArgs a;
+      Epilogue epilogue;
+      epilogue.activation = c.activation;
+      if (c.residual) epilogue.residual = tensor(3), epilogue.mask = mask.data();
+      const auto set_backward = [&](BackwardArgs& a) {
         a.shape = c.shape;
         a.dtype = c.dtype;
         a.dy = tensor(0);
@@ -68,18 +95,29 @@ int main(int argc, char** argv) {
         a.grad_weight = {grad_weight.data(), DType::kFloat32, 1};
         a.grad_bias = {grad_bias.data(), DType::kFloat32, 1};
         a.saved = statistics.data();
+      };
+      if (c.pass == Case::kDoubleBackward) {
+        DoubleBackwardArgs a;
+        set_backward(a);
         a.gg_x = tensor(3);
         a.grad_dy = tensor(4);
-        c.pass == Case::kBackward ? kernels->backward(a, one_thread) : kernels->double_backward(a, one_thread);
+        kernels->double_backward(a, one_thread);
+      } else if (c.pass == Case::kBackward) {
+        ActivatedBackwardArgs a;
+        set_backward(a);
+        a.training = true;
+        a.epilogue = epilogue;
+        c.activated ? kernels->backward_activated(a, one_thread) : kernels->backward(a, one_thread);
       } else {
-        ForwardArgs a;
+        ActivatedForwardArgs a;
         a.shape = c.shape;
         a.dtype = c.dtype;
         a.x = tensor(0);
         a.y = tensor(1);
         a.eps = 1e-5;
         a.saved = statistics.data();
-        kernels->forward(a, one_thread);
+        a.epilogue = epilogue;
+        c.activated ? kernels->forward_activated(a, one_thread) : kernels->forward(a, one_thread);
       }
     }
     return 0;

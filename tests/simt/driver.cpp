@@ -28,6 +28,9 @@ struct Call {
   int64_t cumulative;
   double momentum, eps;
   void* saved;
+  Tensor residual;
+  int64_t activation;  // bn_ext::Activation, or -1 for the plain operator
+  double negative_slope;
 };
 
 template <typename Args>
@@ -63,6 +66,35 @@ bn_ext::ForwardArgs forward_args(const Call& call) {
 
 bn_ext::InferenceArgs inference_args(const Call& call) { return normalise_args<bn_ext::InferenceArgs>(call); }
 
+bn_ext::ActivatedInferenceArgs activated_args(const Call& call) {
+  auto a = normalise_args<bn_ext::ActivatedInferenceArgs>(call);
+  a.epilogue.activation = static_cast<bn_ext::Activation>(call.activation);
+  a.epilogue.negative_slope = call.negative_slope;
+  a.epilogue.residual = call.residual.ref();
+  a.saved = call.saved;
+  return a;
+}
+
+bn_ext::ActivatedForwardArgs activated_forward_args(const Call& call) {
+  bn_ext::ActivatedForwardArgs a;
+  static_cast<bn_ext::ForwardArgs&>(a) = forward_args(call);
+  a.epilogue = activated_args(call).epilogue;
+  return a;
+}
+
+// Only its activation's gradient is of interest, which goes to dx.
+bn_ext::ActivatedBackwardArgs activated_backward_args(const Call& call) {
+  bn_ext::ActivatedBackwardArgs a;
+  a.shape = {call.n, call.c, call.l};
+  a.dtype = static_cast<bn_ext::DType>(call.dtype);
+  a.x = call.x.ref();
+  a.dy = call.dy.ref();
+  a.grad_residual = call.dx.ref();
+  a.saved = call.saved;
+  a.epilogue = activated_args(call).epilogue;
+  return a;
+}
+
 template <typename Args = bn_ext::BackwardArgs>
 Args backward_args(const Call& call) {
   auto a = common_args<Args>(call);
@@ -93,13 +125,15 @@ cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
       *plan = plan_forward(forward_args(call), device);
       break;
     case bn_ext::Pass::kInference:
-      *plan = plan_inference(inference_args(call), device);
+      *plan = call.activation < 0 ? plan_inference(inference_args(call), device)
+                                  : plan_activated_inference(activated_args(call), device);
       break;
     case bn_ext::Pass::kDoubleBackward:
       *plan = plan_double_backward(double_backward_args(call), device);
       break;
     default:
-      *plan = plan_backward(backward_args(call), device);
+      *plan = call.activation < 0 ? plan_backward(backward_args(call), device)
+                                  : plan_activation_gradient(activated_backward_args(call), device);
   }
   return cudaSuccess;
 }
@@ -141,19 +175,26 @@ ENTRY int drive_plan(int64_t pass, const Call* call, int64_t* fields) {
 ENTRY int drive_forward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kForward), *call, &plan);
-  return error != cudaSuccess ? error : bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr);
+  if (error != cudaSuccess) return error;
+  return call->activation < 0
+             ? bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr)
+             : bn_ext::cuda::forward_activated(activated_forward_args(*call), plan, workspace, nullptr);
 }
 
 ENTRY int drive_inference(const Call* call, void*) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kInference), *call, &plan);
-  return error != cudaSuccess ? error : bn_ext::cuda::inference(inference_args(*call), plan, nullptr);
+  if (error != cudaSuccess) return error;
+  return call->activation < 0 ? bn_ext::cuda::inference(inference_args(*call), plan, nullptr)
+                              : bn_ext::cuda::inference_activated(activated_args(*call), plan, nullptr);
 }
 
 ENTRY int drive_backward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
-  return error != cudaSuccess ? error : bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr);
+  if (error != cudaSuccess) return error;
+  return call->activation < 0 ? bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr)
+                              : bn_ext::cuda::activation_gradient(activated_backward_args(*call), plan, nullptr);
 }
 
 ENTRY int drive_double_backward(const Call* call, void* workspace) {

@@ -19,6 +19,7 @@ from .bridge import CACHE, HERE, ROOT, Library, Session, build
 CUDA = ROOT / "csrc" / "cuda"
 HOST = (ROOT / "csrc" / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # numbered as bn_ext::DType
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")  # numbered as bn_ext::Activation
 EXCHANGES = ("none", "cluster", "grid", "two_launches")  # numbered as bn_ext::Exchange
 
 
@@ -84,6 +85,9 @@ class Call(ctypes.Structure):
         ("momentum", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("saved", ctypes.c_void_p),
+        ("residual", _Tensor),
+        ("activation", ctypes.c_int64),
+        ("negative_slope", ctypes.c_double),
     ]
 
     def set_tensor(self, name: str, t: Tensor, pointer: int) -> None:
@@ -146,6 +150,9 @@ class Inputs:
     gg_input: Tensor | None = None
     gg_weight: Tensor | None = None
     gg_bias: Tensor | None = None
+    activation: str | None = None  # of ACTIVATIONS; None: the plain operator
+    residual: Tensor | None = None
+    negative_slope: float = 0.0
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -241,6 +248,7 @@ def _new_call(x: Tensor) -> Call:
     call = Call()
     call.shape[:] = (*x.shape, 1)[:3]
     call.dtype = DTYPES.index(x.dtype)
+    call.activation = -1
     return call
 
 
@@ -299,7 +307,7 @@ def run(
     lib = library() if of is None else of
     with lib.session(device, seed=seed, **model) as s:
         placed = _Placed(s, align=align, left=seed % 2 == 1)
-        call = _new_call(inputs.x)
+        call, fused = _new_call(inputs.x), inputs.activation
         call.cumulative = inputs.momentum is None
         call.momentum = 0.0 if inputs.momentum is None else inputs.momentum
         call.eps = inputs.eps
@@ -315,6 +323,10 @@ def run(
                 call.set_vector(name, t, t.data_ptr())
 
         tensor("x", placed.put("x", inputs.x, constant=True))
+        if fused is not None:
+            call.activation, call.negative_slope = ACTIVATIONS.index(fused), inputs.negative_slope
+        if inputs.residual is not None:
+            tensor("residual", placed.put("residual", inputs.residual, constant=True))
         for name in _VECTORS[:4]:
             value, constant = getattr(inputs, name), pass_ != Pass.FORWARD or name in ("weight", "bias")
             if value is not None and not (pass_.backward and pass_.training and name.startswith("running")):
@@ -339,8 +351,8 @@ def run(
         if pass_.backward and pass_.training:
             assert saved is not None
             held["saved"] = placed.put("saved", saved, constant=True)
-        elif pass_ == Pass.FORWARD:
-            held["saved"] = s.empty("saved", (3, inputs.x.shape[1]), inputs.statistics_dtype)
+        elif pass_ == Pass.FORWARD or (pass_ == Pass.INFERENCE and fused is not None):
+            held["saved"] = s.empty("saved", (3 if fused is None else 6, inputs.x.shape[1]), inputs.statistics_dtype)
         if "saved" in held:
             call.saved = held["saved"].data_ptr()
         if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
@@ -360,7 +372,9 @@ def run(
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
         names["grad_dy"] = "grad_grad_output"
         if pass_ == Pass.FORWARD:
-            names |= {"saved": "saved", "running_mean": "running_mean", "running_var": "running_var"}
+            names |= {"running_mean": "running_mean", "running_var": "running_var"}
+        if not pass_.backward:
+            names["saved"] = "saved"
         for name, attribute in names.items():
             if name in held:
                 setattr(result, attribute, held[name].clone())

@@ -1,0 +1,284 @@
+"""Fused calls and the rest of PyTorch: derivatives, memory kept, in place, operators, compile, fallbacks, options."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import bn_ext
+from reference_activated import ACTIVATIONS, SLOPE
+from support import FLOATS, LAYOUTS, OpLog, error_of, module_for, name_of, normal
+
+FUSED, NATIVE = bn_ext.FusedBatchNorm1d, nn.BatchNorm1d
+F32, F64 = torch.float32, torch.float64
+ops = torch.ops.bn_ext
+TORCH: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, SLOPE), "silu": F.silu, "gelu": F.gelu,
+}  # fmt: skip
+
+
+def pair_of(activation: str | None, device: str, **options: Any) -> tuple[nn.BatchNorm1d, Callable[..., Tensor]]:
+    """(ours, a call of the same in torch's own operations with a batch norm in the same state), in float64."""
+    mine = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE, dtype=F64, **options)
+    native = module_for(NATIVE, 4, device, dtype=F64, **options)
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        native.train(mine.training)
+        y = native(x)
+        return TORCH[activation](y if residual is None else y + residual)
+
+    return mine, call
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_first_and_second_derivatives(device: str, activation: str | None, with_residual: bool, training: bool) -> None:
+    for shape in ((5, 3), (3, 2, 4)):
+        module = module_for(FUSED, shape[1], device, activation=activation, negative_slope=SLOPE, dtype=F64)
+        module.train(training)
+
+        def call(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor, module: nn.Module = module) -> Tensor:
+            arguments = (x, *residual)
+            return torch.func.functional_call(module, {"weight": weight, "bias": bias}, arguments)
+
+        residual = (normal(shape, F64, device, seed=3),) if with_residual else ()
+        leaves = [normal(shape, F64, device), module.weight.detach(), module.bias.detach(), *residual]
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+class Kept:
+    """Counts what autograd keeps in a forward."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def __enter__(self) -> Kept:
+        def pack(t: Tensor) -> Tensor:
+            self.tensors.append(t)
+            return t
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_kept_for_backward(device: str, activation: str | None, with_residual: bool, training: bool) -> None:
+    shape, channels = (64, 8, 50), 8
+    x = normal(shape, device=device).requires_grad_()
+    residual = normal(shape, device=device, seed=1) if with_residual else None
+    module = FUSED(channels, activation=activation, device=device).train(training)
+    with Kept() as kept:
+        module(x, residual)
+    large = [t for t in kept.tensors if t.numel() >= x.numel()]
+    pointers = {t.data_ptr() for t in large if t.dtype != torch.uint8}
+    by_mask = with_residual and activation in ("relu", "leaky_relu") and device == "cpu"
+    keeps = with_residual and activation is not None and not by_mask
+    assert pointers == {x.data_ptr()} | ({residual.data_ptr()} if keeps else set())
+    masks = [t for t in kept.tensors if t.dtype == torch.uint8 and t.numel() > 0]
+    assert [m.numel() for m in masks] == ([x.numel() // 8 + 16] if by_mask else [])
+    small = sum(t.numel() for t in kept.tensors if t.numel() < x.numel() and t.dtype != torch.uint8)
+    assert small <= 8 * channels  # saved (6, C), weight, bias
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced_last", "misaligned"])
+def test_in_place_in_evaluation(device: str, layout: str, activation: str | None) -> None:
+    for with_residual in (False, True):
+        x = LAYOUTS[layout](normal((6, 4, 9), device=device))
+        residual = normal((6, 4, 9), device=device, seed=1) if with_residual else None
+        module = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE).eval()
+        with torch.no_grad():
+            right = module(x.clone(memory_format=torch.preserve_format), residual)
+            module.inplace = True
+            version = x._version
+            result = module(x, residual)
+        assert result is x and torch.equal(x, right) and x._version > version
+        frozen = module_for(FUSED, 4, device, activation=activation, inplace=True).eval().requires_grad_(False)
+        again = x.clone()
+        assert frozen(again) is again  # autograd has nothing to do with it
+        assert bn_ext.functional.batch_norm(
+            again, frozen.running_mean, frozen.running_var, activation=activation, inplace=True
+        ) is again  # fmt: skip
+
+
+def test_in_place_is_refused_where_the_input_is_needed(device: str) -> None:
+    x, residual = normal((6, 4), device=device), normal((6, 4), device=device).requires_grad_()
+    before = x.clone()
+    module = FUSED(4, activation="relu", inplace=True, device=device)
+    for call, words in (
+        (lambda: module(x), "for evaluation"),
+        (lambda: module.eval()(x), "autograd would need"),
+        (lambda: module.requires_grad_(False)(x, residual), "autograd would need"),
+        (lambda: ops.batch_norm_act_inference_(
+            x, residual, None, None, module.running_mean, module.running_var, 1e-5, "relu", 0.0
+        ), "autograd would need"),
+    ):  # fmt: skip
+        error = error_of(call)
+        assert error is not None and error[0] is RuntimeError and words in error[1]
+    assert torch.equal(x, before) and int(module.num_batches_tracked) == 0
+    with torch.no_grad():
+        assert error_of(lambda: module(x[:1].expand(6, 4)))[0] is RuntimeError  # elements that share memory
+        held = torch.ones(6, 4, device=device, requires_grad=True)
+    product = held * x  # autograd keeps x
+    with torch.no_grad():
+        module(x)
+    assert "modified by an inplace operation" in error_of(lambda: product.sum().backward())[1]
+
+
+def test_options(device: str) -> None:
+    for cls in (FUSED, bn_ext.LazyFusedBatchNorm1d):
+        size = (4,) if cls is FUSED else ()
+        assert error_of(lambda c=cls, s=size: c(*s, activation="tanh"))[0] is ValueError
+        module = cls(*size, activation="leaky_relu", negative_slope=0.3, device=device)
+        assert "activation=leaky_relu, negative_slope=0.3" in repr(module) and "inplace" not in repr(module)
+        assert "activation" not in repr(cls(*size)) and repr(cls(*size, inplace=True)).endswith("inplace=True)")
+        x = normal((6, 4), device=device)
+        y = module(x)
+        for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert (same.activation, same.negative_slope) == ("leaky_relu", 0.3) and torch.equal(same(x), y)
+    assert not {"activation", "negative_slope", "inplace"} & set(vars(FUSED(4)))
+    assert FUSED(4, activation="relu").state_dict().keys() == NATIVE(4).state_dict().keys()
+    assert (
+        error_of(lambda: bn_ext.functional.batch_norm(x, None, None, training=True, activation="elu"))[0] is ValueError
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_functional_form_is_the_module(device: str, activation: str | None) -> None:
+    module = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE)
+    x, residual = normal((6, 4, 3), device=device), normal((6, 4, 3), device=device, seed=1)
+    state = [t.clone() for t in (module.running_mean, module.running_var)]
+    y = bn_ext.functional.batch_norm(
+        x, *state, module.weight, module.bias, True, residual=residual, activation=activation, negative_slope=SLOPE
+    )
+    assert torch.equal(y, module(x, residual)) and torch.equal(state[0], module.running_mean)
+
+
+FALLBACKS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
+    "broadcast": lambda m, x, r: m(x, r[:1]),
+    "promoted": lambda m, x, r: m(x, r.float()),
+    "vmap": lambda m, x, r: torch.func.vmap(lambda a, b: m(a, b))(torch.stack([x, x + r]), torch.stack([r, x])),
+    "grad": lambda m, x, r: torch.func.grad(lambda a: m(a, r).square().sum())(x),
+    "jvp": lambda m, x, r: torch.func.jvp(lambda a: m(a, r), (x,), (r,)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_where_there_is_no_fused_kernel(device: str, case: str, activation: str | None) -> None:
+    mine, native = pair_of(activation, device, track_running_stats=False)
+    x, residual = normal((6, 4), F64, device), normal((6, 4), F64, device, seed=1)
+    torch.testing.assert_close(FALLBACKS[case](mine, x, residual), FALLBACKS[case](native, x, residual))
+
+
+def test_forward_mode(device: str) -> None:
+    mine, native = pair_of("silu", device)
+    x, t = normal((6, 4), F64, device), normal((6, 4), F64, device, seed=1)
+    with forward_ad.dual_level():
+        results = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, t), t)) for f in (mine, native)]
+    torch.testing.assert_close(*(tuple(r) for r in results))
+
+
+def test_a_residual_that_cannot_be_added_changes_nothing(device: str) -> None:
+    module = FUSED(4, activation="relu", device=device)
+    x = normal((6, 4), device=device)
+    for residual in (torch.ones(5, 4, device=device), torch.ones(6, 3, device=device)):
+        assert error_of(lambda r=residual: module(x, r))[0] is RuntimeError
+    assert int(module.num_batches_tracked) == 0 and torch.equal(module.running_var, torch.ones(4, device=device))
+
+
+def samples(dtype: torch.dtype, device: str, activation: str, layout: str) -> dict[str, tuple[tuple[Any, ...], ...]]:
+    """operator name -> argument tuples."""
+    x, r, g = (LAYOUTS[layout](normal((3, 4, 5), dtype, device, seed=k)) for k in range(3))
+    wide = F64 if dtype == F64 else F32
+    w, b, mean, var = (normal((4,), wide, device, seed=k).abs() + 0.5 for k in range(4, 8))
+    saved = normal((6, 4), wide, device, seed=8).abs() + 0.5
+    count = torch.tensor(3, device=device)
+    _, _, mask = ops.batch_norm_act_forward(x, r, w, b, None, None, None, 0.1, 1e-5, activation, SLOPE, True)
+    none = mask[:0]
+    return {
+        "batch_norm_act_forward": (
+            (x, r, w, b, mean, var, count, 0.1, 1e-5, activation, SLOPE, True),
+            (x, None, w, None, None, None, None, None, 1e-5, activation, SLOPE, False),
+        ),
+        "batch_norm_act_inference": (
+            (x, r, w, b, mean, var, 1e-5, activation, SLOPE, True),
+            (x, None, None, b, mean, var, 1e-5, activation, SLOPE, False),
+        ),
+        "batch_norm_act_inference_": ((x.clone(), r, w, b, mean, var, 1e-5, activation, SLOPE),),
+        "batch_norm_act_backward": (
+            (g, x, r, mask, w, saved, True, activation, SLOPE, [True, True, True, True]),
+            (g, x, None, none, None, saved, True, activation, SLOPE, [True, False, True, False]),
+            (g, x, r, none, w, saved, False, activation, SLOPE, [False, True, False, True]),
+        ),
+    }
+
+
+OPERATORS = tuple(f"batch_norm_act_{name}" for name in ("forward", "inference", "inference_", "backward"))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
+def test_opcheck(device: str, activation: str, operator: str) -> None:
+    for dtype, layout in ((F32, "contiguous"), (torch.bfloat16, "permuted")):
+        for arguments in samples(dtype, device, activation, layout)[operator]:
+            torch.library.opcheck(getattr(ops, operator).default, arguments)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_in_one_graph(device: str, activation: str | None, training: bool) -> None:
+    torch._dynamo.reset()
+    eager = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE).train(training)
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    operands = [normal((6, 4, 5), device=device, seed=k) for k in range(3)]
+    results = []
+    for call, module in ((eager, eager), (compiled, traced)):
+        x, residual = (t.clone().requires_grad_() for t in operands[:2])
+        y = call(x, residual)
+        grads = torch.autograd.grad(y, (x, residual, module.weight, module.bias), operands[2])
+        results.append([y.detach(), *grads, *module.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    traced.eval().inplace = True
+    with torch.no_grad():
+        x = operands[0].clone()
+        assert torch.equal(torch.compile(traced, fullgraph=True, backend="aot_eager")(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_autocast_leaves_types_as_batch_norm_does(device: str, dtype: torch.dtype) -> None:
+    module = FUSED(4, activation="gelu", device=device, dtype=F64 if dtype == F64 else F32)
+    x = normal((6, 4), dtype, device)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16), OpLog() as log:
+        y = module(x, x)
+    assert y.dtype == dtype and log.names[0] == "bn_ext::batch_norm_act_forward"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_scripted_and_traced(device: str, activation: str) -> None:
+    mine, native = pair_of(activation, device)
+    model = nn.Sequential(mine)
+    x = normal((6, 4), F64, device)
+    mine.eval()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    torch.testing.assert_close(scripted(x), native(x))
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), native(x))
