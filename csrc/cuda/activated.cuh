@@ -98,7 +98,7 @@ struct ActivatedForward : Forward<T, V> {
   static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V], const Args& a) {
     return apply(in, in[0], c, a);
   }
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>& total, bool valid, int64_t channel,
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* total, bool valid, int64_t channel,
                                 int j, int channels, int lane, bool owner, double momentum, A* out) {
     Forward<T, V>::finish(p, a, total, valid, channel, j, channels, lane, owner, momentum, out);
     if (!valid || lane != 0 || !owner) return;
