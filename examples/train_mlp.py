@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import bn_ext
 import data
+from networks import mlp
 
 # Epochs, batch size and learning rate; plain gradient descent with momentum, one rate for all three networks.
 DEFAULTS = {"digits": (20, 64, 0.01), "fashion-mnist": (5, 256, 0.01)}
@@ -98,23 +99,12 @@ class Outcome:
         return self.logit_gap[0] <= self.rounding_bound and final <= self.accuracy_bound
 
 
-def build_network(features: int, classes: int, normalise: bool) -> nn.Sequential:
-    """The network of the README; input (N, features), output (N, classes)."""
-    layers: list[nn.Module] = []
-    for wide, narrow in ((features, 256), (256, 128)):
-        layers.append(nn.Linear(wide, narrow))
-        if normalise:
-            layers.append(nn.BatchNorm1d(narrow))
-        layers.append(nn.ReLU())
-    return nn.Sequential(*layers, nn.Linear(128, classes))
-
-
 def build_runs(features: int, classes: int, seed: int, lr: float) -> dict[str, Run]:
     """The three networks from one seed. Batch norm draws no random numbers, so the linear layers start equal."""
     torch.manual_seed(seed)
-    native = build_network(features, classes, normalise=True)
+    native = mlp(features, classes)
     torch.manual_seed(seed)
-    plain = build_network(features, classes, normalise=False)
+    plain = mlp(features, classes, normalise=False)
     models = {"nn": native, "fused": bn_ext.convert(copy.deepcopy(native)), "none": plain}
     return {name: Run(m, torch.optim.SGD(m.parameters(), lr=lr, momentum=MOMENTUM)) for name, m in models.items()}
 

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from rich.console import Console
 
 import data
+import networks
+import train_fused
 import train_mlp
-import train_residual
 
 QUIET = Console(quiet=True)
 
@@ -173,10 +174,17 @@ def test_defaults_depend_on_the_data() -> None:
     assert digits.plot != fashion.plot and digits.plot.suffix == ".png"
 
 
-def test_the_fused_residual_network_agrees_with_the_native_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_residual.main(["--epochs", "2", "--no-compile"]) == 0
+FUSED = {  # what convert(fuse=True) should find in each network, and how often
+    "mlp": {"relu(batch norm)": 2, "relu(batch norm + residual)": 0},
+    "residual": {"relu(batch norm)": 1 + networks.BLOCKS, "relu(batch norm + residual)": networks.BLOCKS},
+}
+
+
+@pytest.mark.parametrize("network", train_fused.NETWORKS)
+def test_the_fused_network_agrees_with_the_native_one(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_fused.main(["--network", network, "--epochs", "2", "--no-compile"]) == 0
     said = capsys.readouterr().out
-    assert said.count("relu(batch norm + residual)") == train_residual.BLOCKS and "agrees" in said
+    assert {what: said.count(what) for what in FUSED[network]} == FUSED[network] and "agrees" in said
 
 
 def test_a_fused_network_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,4 +196,10 @@ def test_a_fused_network_that_differs_is_told(monkeypatch: pytest.MonkeyPatch) -
         return model
 
     monkeypatch.setattr(bn_ext, "convert", wrong)
-    assert train_residual.main(["--epochs", "1", "--no-compile"]) == 1
+    assert train_fused.main(["--epochs", "1", "--no-compile"]) == 1
+
+
+def test_resnet1d_has_ten_layers_of_weights() -> None:
+    model = networks.resnet1d(3, 7)
+    assert sum(isinstance(m, nn.Conv1d | nn.Linear) for m in model.modules()) == 10
+    assert model(torch.randn(2, 3, 50)).shape == (2, 7)

@@ -1,7 +1,8 @@
-"""Train a residual network with nn.BatchNorm1d, converted by bn_ext.convert(model, fuse=True), and by torch.compile.
+"""Train a network with nn.BatchNorm1d, converted by bn_ext.convert(model, fuse=True), and by torch.compile.
 
-    python examples/train_residual.py
-    python examples/train_residual.py --data fashion-mnist --no-compile
+    python examples/train_fused.py
+    python examples/train_fused.py --network residual --data fashion-mnist
+    python examples/train_fused.py --no-compile
 
 The three start from the same weights and take the same batches. Exit status 1 says that the fused network and the
 native one did not agree.
@@ -17,41 +18,19 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import bn_ext
 import data
+from networks import mlp, residual_mlp
 from train_mlp import DEFAULTS, MOMENTUM, Outcome, Run
 
-WIDTH, BLOCKS = 256, 3
+NETWORKS = {"mlp": mlp, "residual": residual_mlp}
+TITLES = {"nn": "nn.BatchNorm1d", "fused": "convert(fuse=True)", "compile": "torch.compile"}
 
 
-class Block(nn.Module):
-    """x + two linear layers, each with a batch norm; relu after the first and after the sum. (N, WIDTH) in and out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear1, self.bn1 = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
-        self.linear2, self.bn2 = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.linear1(x)))
-        y = self.bn2(self.linear2(y))
-        y += x
-        return self.relu(y)
-
-
-def build_network(features: int, classes: int) -> nn.Sequential:
-    """Input (N, features), output (N, classes)."""
-    head = (nn.Linear(features, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
-    return nn.Sequential(*head, *(Block() for _ in range(BLOCKS)), nn.Linear(WIDTH, classes))
-
-
-def build_runs(dataset: data.Dataset, seed: int, lr: float, compiled: bool) -> dict[str, Run]:
+def build_runs(native: nn.Module, lr: float, compiled: bool) -> dict[str, Run]:
     """The same network as it is, fused and, where asked, compiled by torch."""
-    torch.manual_seed(seed)
-    native = build_network(dataset.features, dataset.classes)
     models: dict[str, nn.Module] = {
         "nn": native,
         "fused": bn_ext.convert(copy.deepcopy(native), fuse=True),
@@ -80,30 +59,35 @@ def train(dataset: data.Dataset, runs: dict[str, Run], epochs: int, batch_size: 
     return outcome
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a residual network as it is, fused, and compiled by torch.")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a network as it is, fused, and compiled by torch.")
+    parser.add_argument("--network", choices=NETWORKS, default="mlp", help="the README's (default), or a residual one")
     parser.add_argument("--data", choices=data.NAMES, default="digits", help="what to train on (default: digits)")
     parser.add_argument("--root", type=Path, help=f"folder of the Fashion-MNIST files (default: {data.DEBIAN_ROOT})")
     parser.add_argument("--epochs", type=int, help="default: 20 for digits, 5 for Fashion-MNIST")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches (default: 0)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     console = Console(highlight=False, soft_wrap=True)
     epochs, _, lr = DEFAULTS[args.data]
     try:
         dataset = data.load(args.data, args.root)
-        runs = build_runs(dataset, args.seed, lr, not args.no_compile)
+        torch.manual_seed(args.seed)
+        runs = build_runs(NETWORKS[args.network](dataset.features, dataset.classes), lr, not args.no_compile)
         for entry in bn_ext.fusion_report(runs["fused"].model):
             console.print(f"{entry.name}: {entry.computes}" + (f" ({entry.reason})" if entry.reason else ""))
         outcome = train(dataset, runs, args.epochs or epochs, args.batch_size, args.seed)
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red")
         return 2
-    titles = {"nn": "nn.BatchNorm1d", "fused": "convert(fuse=True)", "compile": "torch.compile"}
     for name, run in runs.items():
         time = 1e6 * median(run.step_seconds)
-        console.print(f"{titles[name]:<20} test accuracy {run.accuracy[-1]:.2%}, median training step {time:.0f} us")
+        console.print(f"{TITLES[name]:<20} test accuracy {run.accuracy[-1]:.2%}, median training step {time:.0f} us")
     console.print("the fused network agrees with the native one" if outcome.agreed else "the fused network DIFFERS")
     return 0 if outcome.agreed else 1
 
