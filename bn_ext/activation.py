@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Implementation, fused_batch_norm, has_kernel, overrides_functions
+from .dispatch import Implementation, fused_batch_norm, has_kernel, overrides_functions
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
 
@@ -32,7 +32,11 @@ def activate(x: Tensor, residual: Tensor | None, activation: str, negative_slope
         return F.leaky_relu(x, negative_slope)
     if activation == "silu":
         return F.silu(x)
-    return F.gelu(x) if activation == "gelu" else x
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation != "identity":
+        raise ValueError("no such activation: " + activation)
+    return x
 
 
 def check_call(
@@ -85,7 +89,7 @@ def fused_batch_norm_act(
 ) -> Tensor | None:
     """Return act(batch_norm(input) + residual), or None where there is no kernel and nothing has changed.
 
-    implementation is what functional.choose returned. residual: of input's shape and dtype for one pass, else whatever
+    implementation is what dispatch.choose returned. residual: of input's shape and dtype for one pass, else whatever
     can be added to the batch norm of input. inplace: write into input, in evaluation without autograd only.
     """
     check_call(input, residual, training, inplace, weight, bias)

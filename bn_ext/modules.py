@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.
 from torch import Tensor, nn
 
 from .activation import activate, check_activation, check_call, finish, fused_batch_norm_act
-from .functional import choose, fused_batch_norm
+from .dispatch import choose, fused_batch_norm
 
 
 def mark_as_leaf(module: nn.Module) -> None:

@@ -218,6 +218,13 @@ def test_scripted_function_is_natives(device: str) -> None:
     x = normal((6, 5), device=device)
     assert torch.equal(scripted(x, mean, var), F.batch_norm(x, mean, var))
     assert torch.equal(scripted(x, None, None, None, None, True), F.batch_norm(x, None, None, training=True))
+    expected = F.leaky_relu(F.batch_norm(x, mean, var) + x, 0.3)
+    y = x.clone()
+    assert torch.equal(scripted(y, mean, var, residual=x, activation="leaky_relu", negative_slope=0.3), expected)
+    assert torch.equal(scripted(y, mean, var, residual=x, activation="leaky_relu", negative_slope=0.3, inplace=True), y)
+    assert torch.equal(y, expected)
+    with pytest.raises(torch.jit.Error, match="no such activation: tanh"):
+        scripted(x, mean, var, activation="tanh")
 
 
 def test_scripted_module_refuses_as_native() -> None:

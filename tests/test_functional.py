@@ -24,7 +24,8 @@ def test_signature_is_natives() -> None:
     assert [(p.name, p.default, p.kind) for p in parameters[: len(theirs.parameters)]] == [
         (p.name, p.default, p.kind) for p in theirs.parameters.values()
     ]
-    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[len(theirs.parameters) :])
+    # Not keyword-only: torch.jit.script takes no such arguments with defaults.
+    assert all(p.default is not p.empty for p in parameters[len(theirs.parameters) :])
 
 
 def given(device: str, dtype: torch.dtype, stats: bool, weight: bool, bias: bool) -> dict[str, Tensor | None]:
