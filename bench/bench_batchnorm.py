@@ -46,6 +46,13 @@ QUICK_SECONDS = 40.0
 LATE_ROUNDS = 3
 
 
+def time_to_measure(args: argparse.Namespace) -> tuple[Plan, float | None]:
+    """How long each measurement may take, and all of them together (None: as long as they do)."""
+    if args.quick:
+        return QUICK_PLAN, QUICK_SECONDS
+    return (SHARED_PLAN, MEASURING * args.seconds) if args.seconds else (FULL_PLAN, None)
+
+
 class Runner:
     """Measures the points of one run; remembers which rivals work here."""
 
@@ -57,8 +64,7 @@ class Runner:
         self.contenders = [name for name in CONTENDERS if name not in RIVALS or not alone]
         self.replay: bool = args.replay
         self.cuda = self.device.type == "cuda"
-        self.plan = QUICK_PLAN if args.quick else SHARED_PLAN if args.seconds else FULL_PLAN
-        seconds = QUICK_SECONDS if args.quick else MEASURING * args.seconds if args.seconds else None
+        self.plan, seconds = time_to_measure(args)
         self.deadline = None if seconds is None else time.perf_counter() + seconds
         self.failed = 0
         self.shared = {**facts(self.device, args.memory), "timing": "replay" if self.replay else "calls"}
@@ -285,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
     try:
         if args.fusion:
-            return fusion.run(args, log, out, QUICK_PLAN if args.quick else FULL_PLAN, cpu_clock)
+            return fusion.run(args, log, out, *time_to_measure(args), cpu_clock)
         if args.load:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:

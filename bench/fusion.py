@@ -110,15 +110,18 @@ def steps(point: Point, chain: str, mode: str, device: torch.device, contenders:
     return found
 
 
-def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, cpu_clock: Any) -> int:
-    """Measure and print every point, chain and mode; write JSON lines where asked. Returns an exit status."""
+def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, seconds: float | None, cpu_clock: Any) -> int:
+    """Measure and print every point, chain and mode, within `seconds` if given; write JSON lines where asked.
+
+    Returns an exit status.
+    """
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     set_memory(args.memory)
     contenders = [name for name in CONTENDERS if name != "compile" or not (args.quick or args.no_rivals)]
     shared = facts(args.device, args.memory)
     total = len(args.points) * len(CHAINS) * len(args.modes)
-    deadline = time.perf_counter() + 40.0 if args.quick else None
+    deadline = None if seconds is None else time.perf_counter() + seconds
     found: list[dict[str, Any]] = []
     status = 0
     with contextlib.ExitStack() as stack:

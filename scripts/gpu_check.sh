@@ -15,7 +15,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 TOTAL=${GPU_CHECK_SECONDS:-530}
 STEPS=(environment build cuda-tests large-tests memcheck racecheck synccheck initcheck suite
-  bench-replay bench-calls bench-compile traffic)
+  bench-replay bench-calls bench-fusion bench-compile traffic)
 # Tests that need no GPU and take long, or that have a step of their own.
 ELSEWHERE="cuda cuda_large cuda_compile distributed examples gpu_check instructions packaging"
 
@@ -227,12 +227,14 @@ all_steps() {
   if [[ $DEVICE == cpu ]]; then
     skip bench-replay "no GPU"
     step bench-calls $((seconds / 2)) bench bench-calls $((seconds / 4)) --no-rivals
+    skip bench-fusion "no GPU"
     skip bench-compile "no GPU"
     skip traffic "no GPU"
     return
   fi
-  step bench-replay $((seconds * 45 / 100)) bench bench-replay $((seconds * 34 / 100)) --no-rivals --replay
-  step bench-calls $((seconds * 45 / 100)) bench bench-calls $((seconds * 30 / 100)) --no-rivals
+  step bench-replay $((seconds * 40 / 100)) bench bench-replay $((seconds * 30 / 100)) --no-rivals --replay
+  step bench-calls $((seconds * 35 / 100)) bench bench-calls $((seconds * 25 / 100)) --no-rivals
+  step bench-fusion $((seconds * 15 / 100)) bench bench-fusion $((seconds * 10 / 100)) --no-rivals --fusion
   if has ncu; then step traffic 60 traffic; else skip traffic "ncu is not on PATH"; fi
   step bench-compile "$(left)" bench bench-compile "$(($(left) * 6 / 10))" --modes forward_backward,eval \
     --filter 1024x1024,65536x256,64x128x1024,16x512x1024 --filter float32 --filter contiguous

@@ -2,9 +2,9 @@
 
     python tests/regimes.py [--device cuda:0] [--largest ELEMENTS]
 
-runs each of them once, training and evaluation, forward and backward: what compute-sanitizer watches. The references
-are computed on the CPU, so that the GPU runs little but our kernels. Prints a line a call and what was reached; the
-exit status is 1 if a result was wrong.
+runs each of them once, training and evaluation, forward and backward, plain and with a residual and an activation: what
+compute-sanitizer watches. The references are computed on the CPU, so that the GPU runs little but our kernels. Prints a
+line a call and what was reached; the exit status is 1 if a result was wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 
 import bn_ext
 from bn_ext import model
+from reference import assert_within
+from reference_activated import activated
 from support import LAYOUTS, Step, assert_step, expected_step, module_for, normal, step
 
 
@@ -117,6 +119,40 @@ def check(case: Case, device: str) -> None:
         assert_step(on_cpu(found), expected, case.dtype)
 
 
+FOLLOWED = (("relu", True), ("gelu", True), ("silu", False))  # by the mask, by the sum, by batch norm alone
+
+
+def check_followed(case: Case, device: str) -> None:
+    """Likewise with what may follow batch norm in the same pass: FOLLOWED."""
+    here, there = (
+        [*case.tensors(place), LAYOUTS[case.layout](normal(case.shape, case.dtype, place, mean=-0.5, seed=3))]
+        for place in ("cpu", device)
+    )
+    x, g, r = here
+    options = {"dtype": torch.float64} if case.dtype == torch.float64 else {}
+    for activation, sums in FOLLOWED:
+        for training in (True, False):
+            module = module_for(bn_ext.FusedBatchNorm1d, case.shape[1], activation=activation, **options)
+            module.train(training)
+            running = {"running_mean": module.running_mean.clone(), "running_var": module.running_var.clone()}
+            mine = copy.deepcopy(module).to(device)
+            leaf, residual = there[0].detach().requires_grad_(), there[2].detach().requires_grad_()
+            y = mine(leaf, residual if sums else None)
+            leaves = [leaf, mine.weight, mine.bias, *[residual] * sums]
+            found = [t.cpu() for t in torch.autograd.grad(y, leaves, there[1])]
+            right = activated(
+                x, r if sums else None, module.weight, module.bias, g, activation, given=y.detach().cpu(),
+                training=training, eps=module.eps, **running,
+            )  # fmt: skip
+            assert_within(y.detach().cpu(), right.output, right.output_tolerance, "output")
+            assert_within(found[0], right.norm.grad_input, right.grad_input_tolerance(), "grad input")
+            for grad, which in zip(found[1:3], ("weight", "bias"), strict=True):
+                expected = getattr(right.norm, f"grad_{which}")
+                assert_within(grad, expected, right.grad_param_tolerance(which, grad.dtype), which)
+            if sums:
+                assert_within(found[3], right.passed, right.passed_tolerance, "grad residual")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run every regime of the kernels once.")
     parser.add_argument("--device", default="cuda:0")
@@ -128,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     for case in chosen:
         try:
             check(case, args.device)
+            if not case.options:
+                check_followed(case, args.device)
             verdict = "ok"
         except AssertionError as error:
             wrong += 1

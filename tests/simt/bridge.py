@@ -123,7 +123,7 @@ class Library:
 
         def kernel(match: re.Match[str]) -> str:
             name = self._symbols.get(int(match[1], 16) - base, match[1]).replace("(anonymous namespace)::", "")
-            return _without_parameters(name.removeprefix("void "))
+            return without_parameters(name.removeprefix("void "))
 
         def line(match: re.Match[str]) -> str:
             command = ["addr2line", "-e", str(self.path), match[1]]
@@ -227,7 +227,7 @@ class Session:
         self._owned.clear()
 
 
-def _without_parameters(name: str) -> str:
+def without_parameters(name: str) -> str:
     """Cut the last balanced pair of brackets: ns::f<(E)1>(float*) becomes ns::f<(E)1>."""
     depth = 0
     for at in range(len(name) - 1, -1, -1):
