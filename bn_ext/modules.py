@@ -27,8 +27,8 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
     (device, layout, forward-mode AD, vmap), torch.nn.BatchNorm1d's own forward runs.
 
     With activation, or called as module(x, residual), it computes act(bn(x) + residual) in the same passes over memory.
-    Beside x backward then keeps, with a residual, one bit an element (relu and leaky_relu on the CPU) or the residual
-    itself (silu, gelu and CUDA; by reference, so it must not change); nothing else of x's size.
+    Beside x backward then keeps, with a residual, one bit an element (relu and leaky_relu; on CUDA a byte for 16 bytes)
+    or the residual itself (silu and gelu; by reference, so it must not change); nothing else of x's size.
 
     Args:
         activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).

@@ -142,11 +142,12 @@ def _(
 
 
 def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
-    """Return the bytes that forward leaves for backward on the CPU, where there is a residual and the derivative goes
-    by the sign of its argument: one bit an element, and 16 bytes to read beyond."""
+    """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
+    of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
     if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
         return 0
-    return (input.numel() + 7) // 8 + 16 if input.device.type in ("cpu", "meta") else 0
+    elements = 16 // input.element_size() if input.device.type == "cuda" else 8
+    return (input.numel() + elements - 1) // elements + 16
 
 
 def _fake_mask(input: Tensor, residual: Tensor | None, activation: str, wanted: bool) -> Tensor:

@@ -65,9 +65,9 @@ const auto& plain_composite_op() {
   return op;
 }
 
-// Forward's mask as booleans of input's shape: bit i of the mask is element i of the output's memory.
+// Forward's mask as booleans of input's shape: element i of the output's memory, one after the other (activation.h).
 Tensor unpacked(const Tensor& mask, const Tensor& input) {
-  const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(8, mask.options()));
+  const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(mask_elements(input), mask.options()));
   const Tensor flat = at::bitwise_and(bits, 1).reshape(-1);
   return flat.as_strided(input.sizes(), at::empty_like(input).strides()).to(at::kBool);
 }

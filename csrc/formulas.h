@@ -48,9 +48,9 @@ BN_HD Normalise<A> normalise_coefficients(A mean_hi, A mean_lo, W variance, W in
   return r;
 }
 
-// sum_dy = sum(dy), dot = sum(dy * (x - mean)) over `count` values of the channel.
+// sum_dy = sum(dy), dot = sum(dy * (x - mean)) over `count` values of the channel. mean_lo is what mean_hi lacks.
 template <typename A, typename W>
-BN_HD Gradient<A> gradient_coefficients(A mean_hi, A mean_lo, W invstd, W weight, W sum_dy, W dot, W count) {
+BN_HD Gradient<A> gradient_coefficients(A mean_hi, W mean_lo, W invstd, W weight, W sum_dy, W dot, W count) {
   Gradient<A> r;
   const W scale = invstd * weight;
   const W k = dot / count * invstd * invstd;
@@ -59,7 +59,7 @@ BN_HD Gradient<A> gradient_coefficients(A mean_hi, A mean_lo, W invstd, W weight
   r.mean_hi = mean_hi;
   r.scale = static_cast<A>(scale);
   r.slope = static_cast<A>(k);
-  r.offset = static_cast<A>(static_cast<W>(mean_lo) * k - static_cast<W>(dy_lo));
+  r.offset = static_cast<A>(mean_lo * k - static_cast<W>(dy_lo));
   return r;
 }
 

@@ -11,8 +11,7 @@ namespace {
 
 bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
-// Masks are the CPU's; CUDA reads the residual again.
-int64_t mask_size(const Tensor& input) { return mask_bytes(input.numel()); }
+int64_t mask_size(const Tensor& input) { return mask_bytes(input.numel(), mask_elements(input)); }
 
 Epilogue epilogue_of(const Tensor& input, const OptionalTensor& residual, std::string_view activation, double slope) {
   Epilogue e;
@@ -29,16 +28,20 @@ Epilogue epilogue_of(const Tensor& input, const OptionalTensor& residual, std::s
   return e;
 }
 
-// A mask where backward will go by one, else no elements. Bits are set by rows that may share a byte: zeros.
+// A mask where backward will go by one, else no elements. On the CPU bits are set by rows that may share a byte: zeros.
 Tensor make_mask(const Tensor& input, Epilogue* e, bool wanted) {
   const auto options = input.options().dtype(at::kByte);
-  if (!wanted || !input.is_cpu() || !by_sign(e->activation) || !e->residual) return at::empty({0}, options);
-  Tensor mask = at::zeros({mask_size(input)}, options);
+  if (!wanted || !by_sign(e->activation) || !e->residual) return at::empty({0}, options);
+  Tensor mask = input.is_cpu() ? at::zeros({mask_size(input)}, options) : at::empty({mask_size(input)}, options);
   e->mask = mask.mutable_data_ptr<uint8_t>();
   return mask;
 }
 
 }  // namespace
+
+int64_t mask_elements(const Tensor& input) {
+  return input.is_cuda() ? cuda_mask_elements(static_cast<int>(input.element_size())) : kCpuMaskElements;
+}
 
 Activation activation_of(std::string_view name) {
   if (name == "identity") return Activation::kIdentity;

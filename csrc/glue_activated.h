@@ -28,6 +28,9 @@ struct ActivatedBackwardCall {
   ActivatedGradients gradients() const { return {plain.grad_input, grad_residual, plain.grad_weight, plain.grad_bias}; }
 };
 
+// Elements of input's dtype that a byte of a mask holds on its device.
+int64_t mask_elements(const Tensor& input);
+
 // "identity", "relu", "leaky_relu", "silu" or "gelu"; anything else is a ValueError.
 Activation activation_of(std::string_view name);
 

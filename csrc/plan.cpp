@@ -31,21 +31,29 @@ struct Request {
   TensorRef operand[kMaxPlanOperands];  // inputs, then the output
   int inputs;
   bool output, reduces, keeps;
-  TensorRef second;  // output, laid out as the first
+  TensorRef second;     // output, laid out as the first
+  bool places = false;  // the output's strides count also where it is absent
+  // Bytes beside the operands: those that each sweep reads, or the writing one alone, and that it writes.
+  int64_t beside = 0, beside_once = 0, beside_written = 0;
   int64_t written() const { return output + bool(second); }
+  int operands() const { return inputs + (output || places); }
 };
 
-int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+int64_t bytes_of_mask(const Shape& shape, DType dtype) {
+  const int elements = cuda_mask_elements(element_bytes(dtype));
+  return (shape.numel() + elements - 1) / elements;
+}
 
 int coefficients(Pass pass) {
-  return pass == Pass::kDoubleBackward ? kDoubleCoefficients : pass == Pass::kBackward ? 5 : 3;
+  if (pass == Pass::kDoubleBackward) return kDoubleCoefficients;
+  return pass == Pass::kActivatedBackward ? 6 : pass == Pass::kBackward ? 5 : 3;
 }
 
 int access_of(const Request& r) { return access_bytes(r.pass, element_bytes(r.dtype)); }
 
 // Whether every row of every operand can be taken `v` elements at a time.
 bool vectorises(const Geometry& g, const Request& r, int v) {
-  const int operands = r.inputs + r.output;
+  const int operands = r.operands();
   const auto misaligned = [&](const TensorRef& t) { return reinterpret_cast<uintptr_t>(t.data) % access_of(r) != 0; };
   if (misaligned(r.second)) return false;
   for (int k = 0; k < operands; ++k) {
@@ -71,8 +79,8 @@ Plan lay_out(const Request& r, bool vectorised) {
   // Joining rows is for whole vectors only: the threads of a block lie side by side over several rows anyway.
   const Fold fold = {1, v, static_cast<int64_t>(kThreads) * v, r.shape.count()};
   TensorRef lead_first[kMaxPlanOperands];
-  const int operands = r.inputs + r.output;
-  const int lead = r.output ? r.inputs : std::min(r.inputs - 1, 1);  // without an output, x leads
+  const int operands = r.operands();
+  const int lead = operands > r.inputs ? r.inputs : std::min(r.inputs - 1, 1);  // without an output, x leads
   lead_first[0] = r.operand[lead];
   for (int k = 0, at = 1; k < operands; ++k) {
     if (k != lead) lead_first[at++] = r.operand[k];
@@ -198,8 +206,9 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   // A pass that writes while it sums comes back to the incomplete row alone.
   const bool one_pass = r.reduces && r.output && r.pass == Pass::kInferenceBackward;
   const int64_t tail = (p->groups - 1 + one_pass) * p->tail * bytes;  // each group of sums reads it for itself
-  p->read_bytes = r.inputs * (tensor + again + tail);
-  p->write_bytes = r.written() * tensor;
+  const int64_t sweeps = r.reduces && r.output && !one_pass ? 2 : 1;
+  p->read_bytes = r.inputs * (tensor + again + tail) + sweeps * r.beside + r.beside_once;
+  p->write_bytes = r.written() * tensor + r.beside_written;
   p->launches = p->exchange == Exchange::kTwoLaunches ? 2 : 1;
   p->stream_output = r.output && again > 0 && tensor > kStreamedBytes;
   const int64_t partials = p->splits * p->tile_channels * p->groups;
@@ -283,16 +292,18 @@ Plan plan_inference(const InferenceArgs& a, const Device& d) {
   return make_plan(r, d);
 }
 
-Plan plan_activation_gradient(const ActivatedBackwardArgs& a, const Device& d) {
-  Request r{Pass::kInference, a.shape, a.dtype, {a.dy, a.x, a.grad_residual}, 2, true, false, false};
+Plan plan_activated_forward(const ActivatedForwardArgs& a, const Device& d) {
+  Request r{Pass::kForward, a.shape, a.dtype, {a.x, a.y}, 1, true, true, true};
+  if (a.epilogue.residual) r.beside_once = a.shape.numel() * element_bytes(a.dtype);
+  if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
   return make_plan(r, d);
 }
 
 Plan plan_activated_inference(const ActivatedInferenceArgs& a, const Device& d) {
-  const bool sum = bool(a.epilogue.residual);
-  Request r{Pass::kInference, a.shape, a.dtype, {a.x}, sum ? 2 : 1, true, false, false};
-  if (sum) r.operand[1] = a.epilogue.residual;
+  Request r{Pass::kInference, a.shape, a.dtype, {a.x}, 1, true, false, false};
+  if (a.epilogue.residual) r.operand[r.inputs++] = a.epilogue.residual;
   r.operand[r.inputs] = a.y;
+  if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
   return make_plan(r, d);
 }
 
@@ -309,6 +320,19 @@ Plan plan_backward(const BackwardArgs& a, const Device& d) {
   r.operand[0] = a.dy;
   if (sums) r.operand[1] = a.x;
   if (output) r.operand[r.inputs] = a.dx;
+  return make_plan(r, d);
+}
+
+Plan plan_activated_backward(const ActivatedBackwardArgs& a, const Device& d) {
+  const bool sums = a.sums(), output = a.dx || a.grad_residual;
+  const Source source = source_of(a);
+  Request r{
+      sums ? Pass::kActivatedBackward : Pass::kInference, a.shape, a.dtype, {a.dy}, 1, output, sums, sums && output};
+  if (sums || source != Source::kMask) r.operand[r.inputs++] = a.x;
+  if (source == Source::kSum) r.operand[r.inputs++] = a.epilogue.residual;
+  r.operand[r.inputs] = a.grad_residual ? a.grad_residual : a.dx;
+  if (a.grad_residual && a.dx) r.second = a.dx;
+  if (a.epilogue.mask) r.places = true, r.beside = bytes_of_mask(a.shape, a.dtype);
   return make_plan(r, d);
 }
 

@@ -31,7 +31,14 @@ enum class Exchange : int {
   kTwoLaunches,  // the second launch merges what the first left in memory
 };
 
-enum class Pass : int { kForward, kInference, kBackward, kInferenceBackward, kDoubleBackward };
+enum class Pass : int {
+  kForward,
+  kInference,  // and every other pass without sums
+  kBackward,
+  kInferenceBackward,
+  kDoubleBackward,
+  kActivatedBackward
+};
 
 struct Operand {
   int64_t fast = 0, slow = 0;    // strides of the two counters of a column
@@ -69,9 +76,10 @@ struct Plan {
   int64_t blocks() const { return tiles * splits; }
 };
 
-// Bytes of a vector access. The sums and coefficients of double backward leave registers for four elements at a time.
+// Bytes of a vector access. The sums and coefficients of some passes leave registers for four elements at a time.
 constexpr int access_bytes(Pass pass, int element_bytes) {
-  return pass == Pass::kDoubleBackward && element_bytes == 2 ? 8 : 16;
+  const bool four = pass == Pass::kDoubleBackward || pass == Pass::kActivatedBackward;
+  return four && element_bytes == 2 ? 8 : 16;
 }
 
 // Size of a block's scratch in partial results: those of its threads lie there first, its channels' coefficients later.
@@ -82,9 +90,10 @@ BN_HD int64_t scratch_partials(const Plan& p) {
 
 Plan plan_forward(const ForwardArgs& args, const Device& device);
 Plan plan_inference(const InferenceArgs& args, const Device& device);
-Plan plan_activation_gradient(const ActivatedBackwardArgs& args, const Device& device);
+Plan plan_activated_forward(const ActivatedForwardArgs& args, const Device& device);
 Plan plan_activated_inference(const ActivatedInferenceArgs& args, const Device& device);
 Plan plan_backward(const BackwardArgs& args, const Device& device);
+Plan plan_activated_backward(const ActivatedBackwardArgs& args, const Device& device);
 // Of training, with a gradient at grad_input.
 Plan plan_double_backward(const DoubleBackwardArgs& args, const Device& device);
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from simt.bridge import without_parameters
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cuda"
 # PTX of a generation and the machine code made from it.
@@ -164,7 +166,7 @@ def short_names(names: list[str]) -> dict[str, str]:
         return {name: name for name in names}
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     cut = [re.sub(r"\(anonymous namespace\)::|^void ", "", line) for line in said.splitlines()]
-    return dict(zip(names, (re.sub(r"\([^()]*\)$", "", line) for line in cut), strict=True))
+    return dict(zip(names, map(without_parameters, cut), strict=True))
 
 
 class RegisterTable:
@@ -219,6 +221,17 @@ def test_vector_paths_move_128_bits(compiled: dict[Path, Compiled], source: Path
     if "memory.cuh" not in source.read_text() and not compiled[source].usages:
         pytest.skip("it has no kernels of its own")
     check_vector_paths(compiled[source])
+
+
+@pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
+def test_what_may_write_in_place_loads_coherently(compiled: dict[Path, Compiled], source: Path) -> None:
+    """The read-only path of the caches is for memory that the kernel does not write."""
+    for arch, ptx in compiled[source].ptx.items():
+        bodies = re.findall(r"\.entry (\S+?)\((.*?)\n}", ptx, re.S)
+        in_place = [body for name, body in bodies if "ActivatedEvaluation" in name]
+        assert len(in_place) == 4 and all("st.global" in body for body in in_place)
+        assert not any(".nc" in body for body in in_place), f"compute_{arch}"
+        assert any("ld.global.nc" in body for _, body in bodies)
 
 
 def test_exceptions_are_still_needed(compiled: dict[Path, Compiled]) -> None:

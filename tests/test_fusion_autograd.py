@@ -88,11 +88,12 @@ def test_what_is_kept_for_backward(device: str, activation: str | None, with_res
         module(x, residual)
     large = [t for t in kept.tensors if t.numel() >= x.numel()]
     pointers = {t.data_ptr() for t in large if t.dtype != torch.uint8}
-    by_mask = with_residual and activation in ("relu", "leaky_relu") and device == "cpu"
+    by_mask = with_residual and activation in ("relu", "leaky_relu")
+    mask_bytes = (x.numel() // 8 if device == "cpu" else x.nbytes // 16) + 16
     keeps = with_residual and activation is not None and not by_mask
     assert pointers == {x.data_ptr()} | ({residual.data_ptr()} if keeps else set())
     masks = [t for t in kept.tensors if t.dtype == torch.uint8 and t.numel() > 0]
-    assert [m.numel() for m in masks] == ([x.numel() // 8 + 16] if by_mask else [])
+    assert [m.numel() for m in masks] == ([mask_bytes] if by_mask else [])
     small = sum(t.numel() for t in kept.tensors if t.numel() < x.numel() and t.dtype != torch.uint8)
     assert small <= 8 * channels  # saved (6, C), weight, bias
 

@@ -90,6 +90,16 @@ struct GradientSums {
     return r;
   }
 
+  // sum(dy) and sum(dy * (x - mean)), from the sums around the shift. Of what has a `saved`.
+  static __device__ void sums_of(const Plan& p, const Args& a, const Partial<double>& total, int64_t channel,
+                                 double* sum_dy, double* dot) {
+    const A* saved = static_cast<const A*>(a.saved);
+    const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
+    *sum_dy = total[0] + total[1];
+    const double beyond = (static_cast<double>(hi) - static_cast<double>(coarse_shift(hi, invstd))) + lo;
+    *dot = (total[2] + total[3]) - beyond * *sum_dy;
+  }
+
   // Gradients of the parameters from sum_dy and the dot product with x - mean.
   static __device__ void put_parameters(const Args& a, int64_t channel, double sum_dy, double dot, double invstd) {
     write(a.grad_bias, channel, sum_dy);
@@ -119,12 +129,10 @@ struct Backward : GradientSums<T, V> {
   static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
-    const Partial<double>& total = *totals;
+    double sum_dy, dot;
+    Sums::sums_of(p, a, *totals, channel, &sum_dy, &dot);
     const A* saved = static_cast<const A*>(a.saved);
     const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
-    const double sum_dy = total[0] + total[1];
-    const double beyond = (static_cast<double>(hi) - static_cast<double>(coarse_shift(hi, invstd))) + lo;
-    const double dot = (total[2] + total[3]) - beyond * sum_dy;
     if (a.dx) {
       const auto g = gradient_coefficients<A, double>(hi, lo, invstd, read(a.weight, channel, 1), sum_dy, dot,
                                                       static_cast<double>(p.count));

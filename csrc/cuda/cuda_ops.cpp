@@ -98,11 +98,19 @@ ActivatedTensors batch_norm_act_forward(const Tensor& input, const OptionalTenso
       laid = laid_as(*residual, call.output);
       call.args.epilogue.residual = input_ref(laid);
     }
-    plan_and_launch(input, call.args, plan_forward, forward_activated);
+    plan_and_launch(input, call.args, plan_activated_forward, forward_activated);
   } else if (call.args.num_batches_tracked) {
     Tensor(*num_batches_tracked).add_(1);  // an empty batch counts, as in nn.BatchNorm1d
   }
   return {call.output, call.saved, call.mask};
+}
+
+void run_inference(const Tensor& input, const ActivatedInferenceCall& call) {
+  if (call.empty) return;
+  plan_and_launch(input, call.args, plan_activated_inference,
+                  [](const ActivatedInferenceArgs& args, const Plan& plan, void*, cudaStream_t stream) {
+                    return inference_activated(args, plan, stream);
+                  });
 }
 
 ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTensor& residual,
@@ -112,22 +120,18 @@ ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTen
   const c10::cuda::CUDAGuard guard(input.device());
   const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
                                                 activation, negative_slope, save);
-  if (!call.empty) {
-    plan_and_launch(input, call.args, plan_activated_inference,
-                    [](const ActivatedInferenceArgs& args, const Plan& plan, void*, cudaStream_t stream) {
-                      return inference_activated(args, plan, stream);
-                    });
-  }
+  run_inference(input, call);
   return {call.output, call.saved, call.mask};
 }
 
-// Through a new tensor: the kernel's loads are of the read-only path, which a store into the same memory must not meet.
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                double eps, std::string_view activation, double negative_slope) {
-  output_in_place(input, residual);  // for its checks
-  input.copy_(std::get<0>(batch_norm_act_inference(input, residual, weight, bias, running_mean, running_var, eps,
-                                                   activation, negative_slope, false)));
+  const c10::cuda::CUDAGuard guard(input.device());
+  const Tensor output = output_in_place(input, residual);
+  run_inference(input, prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
+                                                   activation, negative_slope, false, output));
+  if (!output.is_same(input)) input.copy_(output);
 }
 
 Gradients run_backward(const Tensor& input, const BackwardCall& call) {
@@ -216,36 +220,19 @@ Gradients batch_norm_inference_double_backward(const OptionalTensor& grad_grad_i
   return call.gradients();
 }
 
-// The activation's gradient first, which is the residual's, then backward of the plain batch norm: the gradient is
-// written once and read by the sweeps that would read grad_output.
 ActivatedGradients batch_norm_act_backward(const Tensor& grad_output, const Tensor& input,
                                            const OptionalTensor& residual, const Tensor& mask,
                                            const OptionalTensor& weight, const Tensor& saved, bool training,
                                            std::string_view activation, double negative_slope,
                                            std::array<bool, 4> output_mask) {
   const c10::cuda::CUDAGuard guard(input.device());
-  const bool empty = input.numel() == 0;
-  auto call =
-      prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
-                                 negative_slope, empty ? output_mask : std::array<bool, 4>{false, true, false, false});
-  if (empty) return call.gradients();
-  Tensor laid;
-  if (call.args.epilogue.residual) {
-    laid = laid_as(*residual, call.grad_residual);
-    call.args.epilogue.residual = input_ref(laid);
+  const auto call = prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
+                                               negative_slope, output_mask);
+  const ActivatedBackwardArgs& a = call.args;
+  if (!call.plain.empty && (a.sums() || a.dx || a.grad_residual)) {
+    plan_and_launch(input, a, plan_activated_backward, backward_activated);
   }
-  plan_and_launch(input, call.args, plan_activation_gradient,
-                  [](const ActivatedBackwardArgs& args, const Plan& plan, void*, cudaStream_t stream) {
-                    return activation_gradient(args, plan, stream);
-                  });
-  const std::array<bool, 3> plain_mask{output_mask[0], output_mask[2], output_mask[3]};
-  const Tensor& g = call.grad_residual;
-  // Evaluation's kernel takes a variance: 1 / invstd^2 with nothing added.
-  auto [grad_input, grad_weight, grad_bias] =
-      training ? batch_norm_backward(g, input, weight, saved.narrow(0, 0, 3), plain_mask)
-               : batch_norm_inference_backward(g, input, weight, saved.select(0, 0),
-                                               saved.select(0, 2).square().reciprocal(), 0.0, plain_mask);
-  return {grad_input, output_mask[1] ? g : g.new_empty({0}), grad_weight, grad_bias};
+  return call.gradients();
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {

@@ -94,10 +94,31 @@ cudaError_t inference_activated_of(const ActivatedInferenceArgs& args, const Pla
       args.epilogue, plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
 }
 
+template <typename T, Source kSource>
+cudaError_t backward_by(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  if (args.sums()) {
+    constexpr int kFull = access_bytes(Pass::kActivatedBackward, sizeof(T)) / static_cast<int>(sizeof(T));
+    if (plan.vector == 1) {
+      return reduce_and_apply<ActivatedBackward<T, 1, kSource>>(plan, args, workspace, stream);
+    }
+    return reduce_and_apply<ActivatedBackward<T, kFull, kSource>>(plan, args, workspace, stream);
+  }
+  constexpr int kFull = 16 / static_cast<int>(sizeof(T));
+  if (plan.vector == 1) return apply<ActivationGradient<T, 1, kSource>>(plan, args, stream);
+  return apply<ActivationGradient<T, kFull, kSource>>(plan, args, stream);
+}
+
 template <typename T>
-cudaError_t activation_gradient_of(const ActivatedBackwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  return with_residual<ActivationGradient, T>(
-      args.epilogue, plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+cudaError_t backward_activated_of(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,
+                                  cudaStream_t stream) {
+  switch (source_of(args)) {
+    case Source::kArgument:
+      return backward_by<T, Source::kArgument>(args, plan, workspace, stream);
+    case Source::kSum:
+      return backward_by<T, Source::kSum>(args, plan, workspace, stream);
+    default:
+      return backward_by<T, Source::kMask>(args, plan, workspace, stream);
+  }
 }
 
 template <typename T>
@@ -130,8 +151,9 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
                                        cudaStream_t stream) {                                                         \
     return forward_activated_of<T>(args, plan, workspace, stream);                                                    \
   }                                                                                                                   \
-  cudaError_t activation_gradient_##NAME(const ActivatedBackwardArgs& args, const Plan& plan, cudaStream_t stream) {  \
-    return activation_gradient_of<T>(args, plan, stream);                                                             \
+  cudaError_t backward_activated_##NAME(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,         \
+                                        cudaStream_t stream) {                                                        \
+    return backward_activated_of<T>(args, plan, workspace, stream);                                                   \
   }                                                                                                                   \
   cudaError_t inference_activated_##NAME(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) { \
     return inference_activated_of<T>(args, plan, stream);                                                             \

@@ -48,7 +48,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (phases & kReduce) {
     typename Op::State state;
     Op::begin(&state, plan, place, args);
-    const auto use = [&](const auto& chunk, int rows) { Op::add(&state, chunk, rows); };
+    const auto use = [&](const auto& chunk, int rows, const auto* beside) {
+      if constexpr (Worker<Op>::kSumsBeside) {
+        Op::add(&state, chunk, rows, beside, args);
+      } else {
+        Op::add(&state, chunk, rows);
+      }
+    };
+    const auto partial_of = [&](int i, int g, bool has_tail, const Vec<T, 1>(&tail)[K], int64_t offset) {
+      if constexpr (Worker<Op>::kSumsBeside) {
+        return Op::partial(&state, i, g, has_tail, tail,
+                           has_tail ? worker.template beside<1>(offset) : typename Op::Beside{}, args);
+      } else {
+        return Op::partial(&state, i, g, has_tail, tail);
+      }
+    };
     if constexpr (Op::kOnePass) {
       A coefficient[1][V];
 #pragma unroll
@@ -57,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         coefficient[0][i] = place.active && channel < plan.channels ? Op::scale_of(args, channel) : A(0);
       }
       const auto write_row = [&](int64_t offset, const Vec<T, V>(&in)[K]) {
-        worker.put(offset, worker.template applied<V>(in, coefficient, offset));
+        worker.put(offset, worker.template applied<V>(in, {}, coefficient, offset));
       };
       if (args.dx) {
         worker.template first_sweep<true>(use, write_row);
@@ -75,11 +89,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Vec<T, 1> none[K] = {};
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          if (i >= place.tail)
-            scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, g, false, none);
+          if (i >= place.tail) scratch[i * kThreads + place.ty * plan.tx + place.tx] = partial_of(i, g, false, none, 0);
         }
-        worker.for_tail([&](int i, int64_t, const Vec<T, 1>(&in)[K]) {
-          scratch[i * kThreads + place.ty * plan.tx + place.tx] = Op::partial(&state, i, g, true, in);
+        worker.for_tail([&](int i, int64_t offset, const Vec<T, 1>(&in)[K]) {
+          scratch[i * kThreads + place.ty * plan.tx + place.tx] = partial_of(i, g, true, in, offset);
         });
       }
       __syncthreads();  // the threads' partial results are written

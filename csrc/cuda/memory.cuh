@@ -46,6 +46,10 @@ template <>
 struct Word<2> {
   using Type = unsigned short;
 };
+template <>
+struct Word<1> {
+  using Type = unsigned char;
+};
 
 __device__ __forceinline__ size_t global_address(const void* p) { return __cvta_generic_to_global(p); }
 
@@ -64,6 +68,11 @@ __device__ __forceinline__ size_t global_address(const void* p) { return __cvta_
   }                                                                                                           \
   __device__ __forceinline__ void NAME(const void* p, unsigned short* r) {                                    \
     asm volatile(PTX ".u16 %0, [%1];" : "=h"(*r) : "l"(global_address(p))__VA_ARGS__);                        \
+  }                                                                                                           \
+  __device__ __forceinline__ void NAME(const void* p, unsigned char* r) {                                     \
+    unsigned short wide;                                                                                      \
+    asm volatile(PTX ".u8 %0, [%1];" : "=h"(wide) : "l"(global_address(p))__VA_ARGS__);                       \
+    *r = static_cast<unsigned char>(wide);                                                                    \
   }
 #define BN_EXT_STORE(NAME, PTX)                                                                          \
   __device__ __forceinline__ void NAME(void* p, uint4 r) {                                               \
@@ -79,6 +88,10 @@ __device__ __forceinline__ size_t global_address(const void* p) { return __cvta_
   }                                                                                                      \
   __device__ __forceinline__ void NAME(void* p, unsigned short r) {                                      \
     asm volatile(PTX ".u16 [%1], %0;" ::"h"(r), "l"(global_address(p)) : "memory");                      \
+  }                                                                                                      \
+  __device__ __forceinline__ void NAME(void* p, unsigned char r) {                                       \
+    const unsigned short wide = r;                                                                       \
+    asm volatile(PTX ".u8 [%1], %0;" ::"h"(wide), "l"(global_address(p)) : "memory");                    \
   }
 
 BN_EXT_LOAD(load_default, "ld.global.nc")
@@ -118,7 +131,8 @@ __device__ __forceinline__ Vec<T, N> load(const T* p BN_EXT_SITE) {
 #endif
 }
 
-// N elements that this kernel writes too (partial results): read after a barrier or an acquire.
+// N elements that this kernel writes too: partial results, read after a barrier or an acquire, and a thread's own
+// elements of a tensor that is written in place.
 template <int N, typename T>
 __device__ __forceinline__ Vec<T, N> load_coherent(const T* p BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT

@@ -27,8 +27,10 @@ struct Tensors {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.epilogue.residual.data);
   }
   __device__ explicit Tensors(const ActivatedBackwardArgs& a)
-      : in{static_cast<const T*>(a.dy.data), static_cast<const T*>(a.x.data)},
-        out{static_cast<T*>(a.grad_residual.data)} {}
+      : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.grad_residual.data), static_cast<T*>(a.dx.data)} {
+    if constexpr (Op::kInputs >= 2) in[1] = static_cast<const T*>(a.x.data);
+    if constexpr (Op::kInputs == 3) in[2] = static_cast<const T*>(a.epilogue.residual.data);
+  }
   __device__ explicit Tensors(const BackwardArgs& a)
       : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.dx.data)} {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.x.data);
@@ -44,18 +46,44 @@ struct Tensors {
   }
 };
 
-// Whether an operation reads a residual of the output's strides where it writes.
+// What an operation reads at a row's place in the output, beside its inputs (Op::beside), and whether its sums need it
+// too; whether it leaves a mask; whether its output may be one of its inputs.
+struct Nothing {};
 template <class Op, class = void>
-struct reads_beside : std::false_type {};
+struct BesideOf {
+  using Type = Nothing;
+  static constexpr bool kSums = false;
+};
 template <class Op>
-struct reads_beside<Op, std::void_t<decltype(Op::kBeside)>> : std::bool_constant<Op::kBeside> {};
+struct BesideOf<Op, std::void_t<typename Op::Beside>> {
+  using Type = typename Op::Beside;
+  template <class O>
+  static constexpr auto sums(int) -> decltype(O::kSumsBeside) {
+    return O::kSumsBeside;
+  }
+  template <class O>
+  static constexpr bool sums(...) {
+    return false;
+  }
+  static constexpr bool kSums = sums<Op>(0);
+};
+template <class Op, class = void>
+struct leaves_mask : std::false_type {};
+template <class Op>
+struct leaves_mask<Op, std::void_t<decltype(Op::kMarks)>> : std::bool_constant<Op::kMarks> {};
+template <class Op, class = void>
+struct in_place : std::false_type {};
+template <class Op>
+struct in_place<Op, std::void_t<decltype(Op::kInPlace)>> : std::bool_constant<Op::kInPlace> {};
 
 // A block at work on its part of a tile.
 template <class Op>
 struct Worker {
   using T = typename Op::Element;
   using A = typename Op::A;
+  using Beside = typename BesideOf<Op>::Type;
   static constexpr int V = Op::kVector, K = Op::kInputs, U = Op::kUnroll;
+  static constexpr bool kBeside = !std::is_same_v<Beside, Nothing>, kSumsBeside = BesideOf<Op>::kSums;
 
   const Plan& plan;
   const typename Op::Args& args;
@@ -97,31 +125,61 @@ struct Worker {
     }
   }
 
-  // Outputs of a row of inputs, at `offset`, where an operation with kBeside reads another N elements.
   template <int N>
-  __device__ __forceinline__ auto applied(const Vec<T, V> (&in)[K], const A (&coefficient)[Op::kCoefficients][V],
-                                          int64_t offset) const {
-    if constexpr (reads_beside<Op>::value) {
-      const auto some = load<N, Cache::kLastUse>(static_cast<const T*>(args.epilogue.residual.data) + offset);
-      Vec<T, V> beside;
-#pragma unroll
-      for (int i = 0; i < V; ++i) beside[i] = some[N == 1 ? 0 : i];
-      return Op::apply(in, beside, coefficient, args);
+  __device__ __forceinline__ Beside beside(int64_t offset) const {
+    if constexpr (kBeside) {
+      return Op::template beside<N>(args, offset);
     } else {
-      return Op::apply(in, coefficient, args);
+      return {};
     }
   }
 
-  // Some rows of the thread from memory, in registers; `out` gets where their outputs go.
-  template <Cache C, bool With, bool Back>
-  __device__ __forceinline__ void load_rows(Cursor<K, With>* c, int rows, Chunk<T, V, K, U>* chunk,
-                                            int64_t* out) const {
+  // Outputs of a row of inputs, at `offset`; with N = 1 of a single element, for column i.
+  template <int N>
+  __device__ __forceinline__ auto applied(const Vec<T, V> (&in)[K], const Beside& beside,
+                                          const A (&coefficient)[Op::kCoefficients][V], int64_t offset,
+                                          int i = 0) const {
+    const auto apply = [&](auto... bits) {
+      if constexpr (kBeside) {
+        return Op::apply(in, beside, coefficient, args, bits...);
+      } else {
+        return Op::apply(in, coefficient, args, bits...);
+      }
+    };
+    if constexpr (leaves_mask<Op>::value) {
+      unsigned bits = 0;
+      const auto result = apply(&bits);
+      if (args.epilogue.mask != nullptr) store_mask<T, V, N>(args.epilogue.mask, offset, bits, i);
+      return result;
+    } else {
+      return apply();
+    }
+  }
+
+  template <int N, Cache C>
+  static __device__ __forceinline__ Vec<T, N> fetch(const T* p) {
+    if constexpr (in_place<Op>::value) {
+      return load_coherent<N>(p);
+    } else {
+      return load<N, C>(p);
+    }
+  }
+
+  // Some rows of the thread from memory, in registers, and their places in the output.
+  struct Rows {
+    Chunk<T, V, K, U> chunk;
+    int64_t out[U];
+    Beside beside[U];
+  };
+  template <Cache C, bool With, bool kReadBeside, bool Back>
+  __device__ __forceinline__ void load_rows(Cursor<K, With>* c, int rows, Rows* to) const {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u < rows) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) chunk->v[u][k] = load<V, C>(tensors.in[k] + c->offset[k]);
-        if (With) out[u] = c->output();
+        for (int k = 0; k < K; ++k) to->chunk.v[u][k] = fetch<V, C>(tensors.in[k] + c->offset[k]);
+        if constexpr (With) to->out[u] = c->output();
+        if constexpr (kReadBeside) to->beside[u] = beside<V>(to->out[u]);
         if (Back) {
           c->retreat(plan);
         } else {
@@ -151,32 +209,31 @@ struct Worker {
     }
   }
 
-  // Calls use(chunk, rows) with all rows of the thread: those that do not stay, straight from memory, then the kept
-  // ones as they arrive. With: write(offset, inputs) follows for each row; nothing is kept then.
+  // Calls use(chunk, rows, beside) with all rows of the thread: those that do not stay, straight from memory, then the
+  // kept ones as they arrive. With: write(offset, inputs) follows for each row; nothing is kept then.
   template <bool With, class Use, class Write>
   __device__ __forceinline__ void first_sweep(const Use& use, const Write& write) const {
     const int stay = kept();
-    Chunk<T, V, K, U> chunk;
-    int64_t out[U];
     if constexpr (!With) copy_kept(stay);
     if (stay < place.rows) {
-      auto c = cursor<With>(stay);
+      Rows some;
+      auto c = cursor < With || kSumsBeside > (stay);
       int r = stay;
       for (; r + U <= place.rows; r += U) {
-        load_rows<Cache::kStreaming, With, false>(&c, U, &chunk, out);
-        use(chunk, U);
+        load_rows<Cache::kStreaming, With || kSumsBeside, kSumsBeside, false>(&c, U, &some);
+        use(some.chunk, U, some.beside);
         if (With) {
 #pragma unroll
-          for (int u = 0; u < U; ++u) write(out[u], chunk.v[u]);
+          for (int u = 0; u < U; ++u) write(some.out[u], some.chunk.v[u]);
         }
       }
       if (const int rows = place.rows - r; rows > 0) {
-        load_rows<Cache::kStreaming, With, false>(&c, rows, &chunk, out);
-        use(chunk, rows);
+        load_rows<Cache::kStreaming, With || kSumsBeside, kSumsBeside, false>(&c, rows, &some);
+        use(some.chunk, rows, some.beside);
         if (With) {
 #pragma unroll
           for (int u = 0; u < U; ++u) {
-            if (u < rows) write(out[u], chunk.v[u]);
+            if (u < rows) write(some.out[u], some.chunk.v[u]);
           }
         }
       }
@@ -189,6 +246,8 @@ struct Worker {
   template <class Use>
   __device__ __forceinline__ void take_kept(int stay, const Use& use) const {
     Chunk<T, V, K, U> chunk;
+    Beside beside_of[U];
+    auto c = cursor<kSumsBeside>(0);
     for (int g = 0, r = 0; g < kCopyGroups; ++g) {
       wait_for_group(g);  // own copies only: no barrier
       const int end = group_end(g, stay);
@@ -199,9 +258,13 @@ struct Worker {
           if (u < rows) {
 #pragma unroll
             for (int k = 0; k < K; ++k) chunk.v[u][k] = slots.at(r + u, k);
+            if constexpr (kSumsBeside) {
+              beside_of[u] = beside<V>(c.output());
+              c.advance(plan);
+            }
           }
         }
-        use(chunk, rows);
+        use(chunk, rows, beside_of);
         r += rows;
       }
     }
@@ -226,19 +289,20 @@ struct Worker {
     const int stay = kept();
     if (stay < place.rows) {
       auto c = cursor<true>(place.rows - 1);
-      Chunk<T, V, K, U> chunk;
-      int64_t out[U];
+      Rows some;
       int r = place.rows;
       for (; r - U >= stay; r -= U) {
-        load_rows<Cache::kLastUse, true, true>(&c, U, &chunk, out);
-#pragma unroll
-        for (int u = 0; u < U; ++u) put(out[u], applied<V>(chunk.v[u], coefficient, out[u]));
-      }
-      if (const int rows = r - stay; rows > 0) {
-        load_rows<Cache::kLastUse, true, true>(&c, rows, &chunk, out);
+        load_rows<Cache::kLastUse, true, kBeside, true>(&c, U, &some);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (u < rows) put(out[u], applied<V>(chunk.v[u], coefficient, out[u]));
+          put(some.out[u], applied<V>(some.chunk.v[u], some.beside[u], coefficient, some.out[u]));
+        }
+      }
+      if (const int rows = r - stay; rows > 0) {
+        load_rows<Cache::kLastUse, true, kBeside, true>(&c, rows, &some);
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if (u < rows) put(some.out[u], applied<V>(some.chunk.v[u], some.beside[u], coefficient, some.out[u]));
         }
       }
     }
@@ -249,7 +313,7 @@ struct Worker {
         Vec<T, V> in[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) in[k] = slots.at(r, k);
-        put(c.output(), applied<V>(in, coefficient, c.output()));
+        put(c.output(), applied<V>(in, beside<V>(c.output()), coefficient, c.output()));
         c.advance(plan);
       }
     }
@@ -265,7 +329,7 @@ struct Worker {
       if (i < place.tail) {
         Vec<T, 1> in[K];
 #pragma unroll
-        for (int k = 0; k < K; ++k) in[k] = load<1>(tensors.in[k] + c.offset[k] + i);
+        for (int k = 0; k < K; ++k) in[k] = fetch<1, Cache::kDefault>(tensors.in[k] + c.offset[k] + i);
         f(i, c.output() + i, in);
       }
     }
@@ -279,7 +343,7 @@ struct Worker {
 #pragma unroll
         for (int e = 0; e < V; ++e) wide[k][e] = in[k][0];
       }
-      put_one(offset, applied<1>(wide, coefficient, offset), i);
+      put_one(offset, applied<1>(wide, beside<1>(offset), coefficient, offset, i), i);
     });
   }
 

@@ -61,7 +61,7 @@ int main(int argc, char** argv) {
     // Values between -1 and 1 from a linear congruential generator; bfloat16 is a float's upper half.
     std::vector<float> wide(kTensors * numel), statistics(kSavedRows * c.shape.c);
     std::vector<uint16_t> narrow(kTensors * numel);
-    std::vector<uint8_t> mask(mask_bytes(numel));
+    std::vector<uint8_t> mask(mask_bytes(numel, kCpuMaskElements));
     uint32_t state = 1;
     for (int64_t i = 0; i < kTensors * numel; ++i) {
       state = state * 1664525u + 1013904223u;

@@ -28,9 +28,11 @@ struct Call {
   int64_t cumulative;
   double momentum, eps;
   void* saved;
-  Tensor residual;
+  Tensor residual, grad_residual;
   int64_t activation;  // bn_ext::Activation, or -1 for the plain operator
   double negative_slope;
+  uint8_t* mask;
+  int64_t training;  // of backward with an activation
 };
 
 template <typename Args>
@@ -66,33 +68,19 @@ bn_ext::ForwardArgs forward_args(const Call& call) {
 
 bn_ext::InferenceArgs inference_args(const Call& call) { return normalise_args<bn_ext::InferenceArgs>(call); }
 
+bn_ext::Epilogue epilogue_of(const Call& call) {
+  return {static_cast<bn_ext::Activation>(call.activation), call.negative_slope, call.residual.ref(), call.mask};
+}
+
 bn_ext::ActivatedInferenceArgs activated_args(const Call& call) {
   auto a = normalise_args<bn_ext::ActivatedInferenceArgs>(call);
-  a.epilogue.activation = static_cast<bn_ext::Activation>(call.activation);
-  a.epilogue.negative_slope = call.negative_slope;
-  a.epilogue.residual = call.residual.ref();
+  a.epilogue = epilogue_of(call);
   a.saved = call.saved;
   return a;
 }
 
 bn_ext::ActivatedForwardArgs activated_forward_args(const Call& call) {
-  bn_ext::ActivatedForwardArgs a;
-  static_cast<bn_ext::ForwardArgs&>(a) = forward_args(call);
-  a.epilogue = activated_args(call).epilogue;
-  return a;
-}
-
-// Only its activation's gradient is of interest, which goes to dx.
-bn_ext::ActivatedBackwardArgs activated_backward_args(const Call& call) {
-  bn_ext::ActivatedBackwardArgs a;
-  a.shape = {call.n, call.c, call.l};
-  a.dtype = static_cast<bn_ext::DType>(call.dtype);
-  a.x = call.x.ref();
-  a.dy = call.dy.ref();
-  a.grad_residual = call.dx.ref();
-  a.saved = call.saved;
-  a.epilogue = activated_args(call).epilogue;
-  return a;
+  return {forward_args(call), epilogue_of(call)};
 }
 
 template <typename Args = bn_ext::BackwardArgs>
@@ -104,6 +92,10 @@ Args backward_args(const Call& call) {
   a.grad_bias = call.grad_bias.ref();
   a.saved = call.saved;
   return a;
+}
+
+bn_ext::ActivatedBackwardArgs activated_backward_args(const Call& call) {
+  return {backward_args(call), epilogue_of(call), call.training != 0, call.grad_residual.ref()};
 }
 
 bn_ext::DoubleBackwardArgs double_backward_args(const Call& call) {
@@ -122,7 +114,8 @@ cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
   if (error != cudaSuccess) return error;
   switch (static_cast<bn_ext::Pass>(pass)) {
     case bn_ext::Pass::kForward:
-      *plan = plan_forward(forward_args(call), device);
+      *plan = call.activation < 0 ? plan_forward(forward_args(call), device)
+                                  : plan_activated_forward(activated_forward_args(call), device);
       break;
     case bn_ext::Pass::kInference:
       *plan = call.activation < 0 ? plan_inference(inference_args(call), device)
@@ -133,7 +126,7 @@ cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
       break;
     default:
       *plan = call.activation < 0 ? plan_backward(backward_args(call), device)
-                                  : plan_activation_gradient(activated_backward_args(call), device);
+                                  : plan_activated_backward(activated_backward_args(call), device);
   }
   return cudaSuccess;
 }
@@ -193,8 +186,9 @@ ENTRY int drive_backward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
   if (error != cudaSuccess) return error;
-  return call->activation < 0 ? bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr)
-                              : bn_ext::cuda::activation_gradient(activated_backward_args(*call), plan, nullptr);
+  return call->activation < 0
+             ? bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr)
+             : bn_ext::cuda::backward_activated(activated_backward_args(*call), plan, workspace, nullptr);
 }
 
 ENTRY int drive_double_backward(const Call* call, void* workspace) {

@@ -86,8 +86,11 @@ class Call(ctypes.Structure):
         ("eps", ctypes.c_double),
         ("saved", ctypes.c_void_p),
         ("residual", _Tensor),
+        ("grad_residual", _Tensor),
         ("activation", ctypes.c_int64),
         ("negative_slope", ctypes.c_double),
+        ("mask", ctypes.c_void_p),
+        ("training", ctypes.c_int64),
     ]
 
     def set_tensor(self, name: str, t: Tensor, pointer: int) -> None:
@@ -153,6 +156,18 @@ class Inputs:
     activation: str | None = None  # of ACTIVATIONS; None: the plain operator
     residual: Tensor | None = None
     negative_slope: float = 0.0
+    # Of the passes with an activation. Forward: leave a mask. Evaluation: write into x. Backward: of training or of
+    # evaluation, from which mask, and whether to a grad_residual.
+    leaves_mask: bool = False
+    in_place: bool = False
+    training: bool = True
+    mask: Tensor | None = None
+    wants_residual: bool = False
+
+    @property
+    def mask_bytes(self) -> int:
+        """One for 16 bytes of the output, and 16 beyond (csrc/activation.h)."""
+        return -(-self.x.nbytes // 16) + 16
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -174,6 +189,8 @@ class Result:
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     grad_grad_output: Tensor | None = None
+    mask: Tensor | None = None
+    grad_residual: Tensor | None = None
 
     @property
     def regime(self) -> tuple[str, str]:
@@ -322,9 +339,19 @@ def run(
                 held[name] = t
                 call.set_vector(name, t, t.data_ptr())
 
-        tensor("x", placed.put("x", inputs.x, constant=True))
+        tensor("x", placed.put("x", inputs.x, constant=not inputs.in_place))
         if fused is not None:
             call.activation, call.negative_slope = ACTIVATIONS.index(fused), inputs.negative_slope
+            call.training = inputs.training
+            if inputs.mask is not None:
+                call.mask = placed.put("mask", inputs.mask, constant=True).data_ptr()
+            if inputs.leaves_mask:
+                held["mask"] = s.empty("mask", (inputs.mask_bytes,), torch.uint8)
+                call.mask = held["mask"].data_ptr()
+            if pass_.backward:  # the glue gives the strides of an absent dx too
+                call.set_tensor("dx", torch.empty_like(inputs.x, device="meta"), 0)
+            if inputs.wants_residual:
+                tensor("grad_residual", placed.like("grad_residual", inputs.x))
         if inputs.residual is not None:
             tensor("residual", placed.put("residual", inputs.residual, constant=True))
         for name in _VECTORS[:4]:
@@ -347,7 +374,7 @@ def run(
                 else:
                     vector(name, s.empty(name, (inputs.x.shape[1],), **options))
         else:
-            tensor("y", placed.like("y", inputs.x))
+            tensor("y", held["x"] if inputs.in_place else placed.like("y", inputs.x))
         if pass_.backward and pass_.training:
             assert saved is not None
             held["saved"] = placed.put("saved", saved, constant=True)
@@ -370,7 +397,9 @@ def run(
         result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
         placed.check_constant()
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
-        names["grad_dy"] = "grad_grad_output"
+        names |= {"grad_dy": "grad_grad_output", "grad_residual": "grad_residual"}
+        if inputs.leaves_mask:
+            names["mask"] = "mask"
         if pass_ == Pass.FORWARD:
             names |= {"running_mean": "running_mean", "running_var": "running_var"}
         if not pass_.backward:
