@@ -200,6 +200,12 @@ def device(name: str) -> torch.device:
         raise ValueError(name) from error
 
 
+def grid_of(args: argparse.Namespace) -> tuple[Point, ...]:
+    if args.fusion:
+        return fusion.QUICK if args.quick else fusion.POINTS
+    return QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time bn_ext against nn.BatchNorm1d, torch.compile and a copy.")
     parser.add_argument("--quick", action="store_true", help="within a minute: fewer points, short rounds, no rivals")
@@ -234,8 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.modes) - set(modes))
     if unknown:
         parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(modes)}")
-    grid = fusion.POINTS if args.fusion else QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
-    args.points = select(grid, args.filter)
+    args.points = select(grid_of(args), args.filter)
     if not args.points:
         parser.error(f"no point of the grid matches --filter {' '.join(args.filter)}")
     if args.threads is not None and args.threads < 1:

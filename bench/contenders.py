@@ -23,7 +23,7 @@ class Disagreement(Exception):
 def make_module(contender: str, point: Point, device: torch.device) -> nn.Module:
     """A fresh batch norm for ``point``: float64 parameters for float64 tensors, else float32, as under autocast."""
     dtype = torch.float64 if point.torch_dtype == torch.float64 else torch.float32
-    kind = bn_ext.FusedBatchNorm1d if contender == "bn_ext" else nn.BatchNorm1d
+    kind = bn_ext.FusedBatchNorm1d if contender in ("bn_ext", "compiled") else nn.BatchNorm1d
     return kind(point.shape[1], device=device, dtype=dtype)
 
 
@@ -48,9 +48,13 @@ class OneDNN(nn.Module):
         )
 
 
-def compiled(module: nn.Module) -> nn.Module:
-    """torch.compile for exactly this shape, with nothing left over from the shapes before."""
+def forget_compiled() -> None:
+    """Leave nothing over from the shapes before. Once a point: it throws away what was compiled for this one too."""
     torch._dynamo.reset()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """torch.compile for exactly this shape."""
     torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # mode backward keeps its graph
     compiled_module: nn.Module = torch.compile(module, dynamic=False)
     return compiled_module
@@ -65,6 +69,7 @@ class Bench:
 
     def __init__(self, point: Point, mode: str, device: torch.device, sets: int = 1) -> None:
         self.point, self.mode, self.device = point, mode, device
+        forget_compiled()
         self.inputs = [point.randn(device) for _ in range(sets)]
         if mode in WITH_BACKWARD:
             self.inputs = [x.requires_grad_() for x in self.inputs]
@@ -93,7 +98,7 @@ class Bench:
             # Laid out as the contender's own output, which is how an elementwise layer behind it returns its gradient.
             with torch.no_grad():
                 grads = [torch.randn_like(module(x)) for x in inputs]
-        if contender == "compile":
+        if contender in ("compile", "compiled"):
             module = compiled(module)
         if contender == "onednn":
             module = OneDNN(module)

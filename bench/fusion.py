@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import bn_ext
-from contenders import compiled
+from contenders import compiled, forget_compiled
 from environment import facts, set_memory
 from grid import Point
 from timing import Plan, Step, race
@@ -37,6 +37,9 @@ POINTS = (
     Point((1024, 1024), "bfloat16"),
     Point((64, 128, 1024), "bfloat16"),
 )
+QUICK = tuple(point for point in POINTS if point.dtype == "float32" and point.layout == "contiguous")
+# The least rounds that a median can be taken of, where the time is over.
+LATE_ROUNDS = 3
 CONTENDERS = ("fused", "separate", "nn", "compile")
 CHAINS = ("bn+relu", "bn+add+relu")
 
@@ -88,6 +91,7 @@ def steps(point: Point, chain: str, mode: str, device: torch.device, contenders:
     """The contenders' steps at a point; raises RuntimeError where their outputs differ beyond rounding."""
     x, r = point.randn(device), point.randn(device) if chain == "bn+add+relu" else None
     with_backward = mode in ("backward", "forward_backward")
+    forget_compiled()
     if with_backward:
         x.requires_grad_()
         r = None if r is None else r.requires_grad_()
@@ -129,14 +133,12 @@ def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, second
         for number, (point, chain, mode) in enumerate(
             (p, c, m) for p in args.points for c in CHAINS for m in args.modes
         ):
-            share = plan.budget if deadline is None else max(0.0, (deadline - time.perf_counter()) / (total - number))
             clock = cuda_clock(args.device, 1) if args.device.type == "cuda" else cpu_clock
+            started = time.perf_counter()
             try:
                 with torch.no_grad() if mode == "eval" else contextlib.nullcontext():
-                    times = race(
-                        steps(point, chain, mode, args.device, contenders), clock,
-                        replace(plan, budget=min(plan.budget, share)),
-                    )  # fmt: skip
+                    ready = steps(point, chain, mode, args.device, contenders)
+                    times = race(ready, clock, shortened(plan, deadline, total - number, started))
             except RuntimeError as error:
                 status = 1
                 log.print(f"error: {point}, {chain}, {mode}: {str(error).splitlines()[0]}", markup=False)
@@ -151,6 +153,15 @@ def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, second
     for mode in args.modes:
         out.print(table([record for record in found if record["mode"] == mode], mode, contenders))
     return status
+
+
+def shortened(plan: Plan, deadline: float | None, left: int, started: float) -> Plan:
+    """The plan of a measurement that was set up from `started` on, so that this and those `left` end in time."""
+    if deadline is None:
+        return plan
+    now = time.perf_counter()
+    budget = min(plan.budget, (deadline - started) / left - (now - started))
+    return replace(plan, budget=max(0.0, budget), min_rounds=plan.min_rounds if budget > 0 else LATE_ROUNDS)
 
 
 def table(found: list[dict[str, Any]], mode: str, contenders: list[str]) -> Table:

@@ -14,8 +14,8 @@ DEFAULT_MODES = ("forward", "backward", "forward_backward", "eval")
 SECOND_ORDER_MODES = ("double_backward", "gradient_penalty")  # when asked for
 MODES = DEFAULT_MODES + SECOND_ORDER_MODES
 # What is timed besides native where it works, and what messages call it.
-RIVALS = {"compile": "torch.compile", "onednn": "oneDNN"}
-CONTENDERS = ("bn_ext", "nn", "compile", "onednn", "copy")
+RIVALS = {"compile": "torch.compile", "compiled": "torch.compile of bn_ext", "onednn": "oneDNN"}
+CONTENDERS = ("bn_ext", "nn", "compile", "compiled", "onednn", "copy")
 
 # Least traffic, in units of the input's bytes. Training forward reads x and writes y when x stays in cache between the
 # statistics and the normalisation; backward reads x and the gradient and writes one gradient, likewise; eval reads and

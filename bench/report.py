@@ -123,6 +123,17 @@ def means(found: list[Row]) -> list[str]:
     ]
 
 
+def compiled_means(found: list[Row]) -> list[str]:
+    """Likewise of both compiled by torch.compile, for each mode."""
+    lines = []
+    for mode in MODES:
+        values = [v for row in found if row.mode == mode and (v := ratio(row, "compile", "compiled")) is not None]
+        if values:
+            span = f"(from {min(values):.2f}x to {max(values):.2f}x, points: {len(values)})"
+            lines.append(f"{mode:<17} {'all':<17} {geometric_mean(values):5.2f}x   {span}")
+    return lines
+
+
 def comparison(found: list[Row]) -> list[str]:
     """Where bn_ext is slower than native: beyond noise, a line each; within it, by name when it is more than 5 %."""
     compared = [row for row in found if row.speedup is not None]
@@ -169,4 +180,6 @@ def show(records: list[Record], console: Console) -> None:
     lines = means(found)
     if lines:
         console.print("\nspeed-up over nn.BatchNorm1d, geometric mean", *lines, sep="\n")
+        if compiled := compiled_means(found):
+            console.print("\nspeed-up over nn.BatchNorm1d, both compiled by torch.compile", *compiled, sep="\n")
         console.print("", *comparison(found), sep="\n")

@@ -174,9 +174,21 @@ def test_second_order_steps_are_the_kernels(mode: str, layout: str) -> None:
 
 
 def test_compile_is_a_contender_of_the_full_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contenders, "compiled", lambda module: module)
+    """Of both batch norms, and what was compiled for one is still there when the other is."""
+    seen: list[str] = []
+
+    def compiled(module: nn.Module) -> nn.Module:
+        seen.append(type(module).__name__)
+        return module
+
+    monkeypatch.setattr(contenders, "compiled", compiled)
+    monkeypatch.setattr(contenders, "forget_compiled", lambda: seen.append("forgotten"))
     found = measure(monkeypatch, tmp_path / "r.jsonl", "--filter", "32x64", "--modes", "forward_backward")
     assert sorted(line["contender"] for line in found) == sorted(grid.CONTENDERS)
+    assert seen == ["forgotten", "BatchNorm1d", "FusedBatchNorm1d"]
+    (line,) = report.compiled_means(report.rows(found))
+    times = {line["contender"]: line["median_us"] for line in found}
+    assert f"{times['compile'] / times['compiled']:.2f}x" in line
 
 
 def test_disagreement_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import bench_batchnorm
+import fusion
 from grid import DEFAULT_MODES
+from timing import Plan
 
 
 def test_fusion_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -27,6 +30,16 @@ def test_fusion_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         for contender in ("fused", "separate", "nn")
     }
     assert all(r["median_us"] > 0 for r in found) and "bn+add+relu" in capsys.readouterr().out
+
+
+def test_what_is_left_of_the_time_is_shared() -> None:
+    now = time.perf_counter()
+    plan = Plan(block=0.001, budget=0.6, min_rounds=5)
+    assert fusion.shortened(plan, None, 10, now) == plan
+    assert abs(fusion.shortened(plan, now + 1, 10, now).budget - 0.1) < 0.05
+    assert fusion.shortened(plan, now + 100, 10, now) == plan
+    late = fusion.shortened(plan, now - 1, 10, now)
+    assert (late.budget, late.min_rounds) == (0.0, fusion.LATE_ROUNDS)
 
 
 def test_fusion_refuses_to_time_what_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
