@@ -14,16 +14,23 @@ inline Vec<S, N> widen(const Computed<S>* p) {
   return load_raw<Vec<S, N>>(p);
 }
 
+// What all rows of a task, or all of a run, share at a pack of columns: the coefficients of gradients that depend on x.
+// Read once for several packs, as one of them in registers is one load less for each.
+template <class T>
+using Shared = VecC<T>[3][kPackVectors<T>];
+template <class T, class E>
+__attribute__((always_inline)) inline void load_shared(const E*, int64_t, Shared<T>&) {}
+
 // A pack of gradients from column v on, with `left` columns there where it is a tail: of T as it lies in memory, or
 // computed. `x` is the pack of the input there, for gradients that depend on it.
 template <class T, class Tail>
 __attribute__((always_inline)) inline void load_gradient(const T* row, int64_t v, int64_t left, Tail tail,
-                                                         const VecC<T>*, VecC<T>* g) {
+                                                         const Shared<T>&, const VecC<T>*, VecC<T>* g) {
   load_pack_at(row, v, left, tail, g);
 }
 template <class T, class Tail>
 __attribute__((always_inline)) inline void load_gradient(const Computed<Scalar<T>>* row, int64_t v, int64_t, Tail,
-                                                         const VecC<T>*, VecC<T>* g) {
+                                                         const Shared<T>&, const VecC<T>*, VecC<T>* g) {
   for (int u = 0; u < kPackVectors<T>; ++u) g[u] = load_raw<VecC<T>>(row + v + u * Compute<T>::lanes);
 }
 
@@ -234,11 +241,24 @@ struct SignRow {
   }
 };
 
+template <class T, class Act, bool kRun>
+__attribute__((always_inline)) inline void load_shared(const SignRow<T, Act, true, kRun>&, int64_t, Shared<T>&) {}
+template <class T, class Act, bool kRun>
+__attribute__((always_inline)) inline void load_shared(const SignRow<T, Act, false, kRun>& row, int64_t v,
+                                                       Shared<T>& shared) {
+  for (int u = 0; u < kPackVectors<T>; ++u) {
+    VecC<T> k[3];
+    load_coefficients<T, kRun>(row.piece, v + u * Compute<T>::lanes, k);
+    for (int i = 0; i < 3; ++i) shared[i][u] = k[i];
+  }
+}
+
 template <class T, class Act, bool kMask, bool kRun, class Tail>
 __attribute__((always_inline)) inline void load_gradient(const SignRow<T, Act, kMask, kRun>& row, int64_t v,
-                                                         int64_t left, Tail tail, const VecC<T>* x, VecC<T>* g) {
-  constexpr int kVectors = kPackVectors<T>, kLanes = Compute<T>::lanes;
-  load_gradient<T>(row.dy, v, left, tail, x, g);
+                                                         int64_t left, Tail tail, const Shared<T>& shared,
+                                                         const VecC<T>* x, VecC<T>* g) {
+  constexpr int kVectors = kPackVectors<T>;
+  load_gradient<T>(row.dy, v, left, tail, shared, x, g);
   if constexpr (kMask) {
     using M = typename Words<Scalar<T>, VecC<T>>::type;
     const int64_t at = row.piece.at + v;
@@ -249,9 +269,7 @@ __attribute__((always_inline)) inline void load_gradient(const SignRow<T, Act, k
     }
   } else {
     for (int u = 0; u < kVectors; ++u) {
-      VecC<T> k[3];
-      load_coefficients<T, kRun>(row.piece, v + u * kLanes, k);
-      g[u] = row.act.gradient(g[u], normalise<T>(x[u], k[0], k[1], k[2]));
+      g[u] = row.act.gradient(g[u], normalise<T>(x[u], shared[0][u], shared[1][u], shared[2][u]));
     }
   }
 }

@@ -170,23 +170,24 @@ inline void load_state(const BackwardArgs& a, const ChannelState<T>& s, int64_t 
   s.rest[c] = static_cast<double>(hi) - shift + lo;
 }
 
-// Summed chunks of channel c -> parameter gradients and, in training, the coefficients of dx.
-template <class T>
+// Summed chunks of channel c -> parameter gradients and, in training, the coefficients of Op's dx.
+template <class T, class Op>
 inline void finish_gradient(const BackwardArgs& a, const ChunkSums<2>& sums, const ChannelState<T>& s, int64_t c,
-                            const CoefficientsOf<GradInput<T>>& out) {
+                            const CoefficientsOf<Op>& out) {
   const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
   if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
   if (a.grad_bias) store_element(a.grad_bias, c, sum_dy);
   if (!a.dx || !a.saved) return;
   Scalar<T> hi, lo;
   channel_mean<T>(a, c, &hi, &lo);
-  const auto k = gradient_coefficients<Scalar<T>, double>(hi, lo, s.invstd[c], load_element(a.weight, c, 1.0), sum_dy,
-                                                          dot, static_cast<double>(a.shape.count()));
-  out.row(0)[c] = k.mean_hi;
-  out.row(1)[c] = k.dy_hi;
-  out.row(2)[c] = k.scale;
-  out.row(3)[c] = k.slope;
-  out.row(4)[c] = k.offset;
+  const Scalar<T>* saved = static_cast<const Scalar<T>*>(a.saved) + c;
+  const Scalar<T> mean_hi = Op::kShares ? saved[kSavedCoefficients * a.shape.c] : hi;
+  const double mean_lo = (static_cast<double>(hi) - mean_hi) + lo;
+  const auto k = gradient_coefficients<Scalar<T>, double>(mean_hi, mean_lo, s.invstd[c], load_element(a.weight, c, 1.0),
+                                                          sum_dy, dot, static_cast<double>(a.shape.count()));
+  Scalar<T> values[Op::kCoefficients];
+  Op::put(k, values);
+  for (int i = 0; i < Op::kCoefficients; ++i) out.row(i)[c] = values[i];
 }
 
 // Evaluation: dx = dy * scale, which is a normalise of dy; x is not read.
@@ -221,7 +222,7 @@ inline ChannelState<T> state_in(const BackwardArgs& a, double* memory, int64_t c
 // The sums of dy as `reduced` gives it, the parameter gradients from them and, where `applied` is given, dx of batch
 // statistics of dy as that gives it: the same, or a copy with outputs of its own. Of fixed statistics, without `saved`,
 // dx is a multiple of the tensor dy.
-template <class T, class Dy>
+template <class T, class Op = GradInput<T>, class Dy>
 inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy& reduced, const Dy* applied,
                              const Parallel& par) {
   const int64_t chunks = g.chunks(), channels = g.channels;
@@ -229,8 +230,7 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
   const ChunkSums<2> sums{scratch.data(), channels};
   double* of_channels = scratch.data() + chunks * 2 * channels;
   const ChannelState<T> state = state_in<T>(a, of_channels, channels);
-  const CoefficientsOf<GradInput<T>> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels),
-                                                  channels};
+  const CoefficientsOf<Op> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels), channels};
   if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
   if (!applied && !a.grad_weight && !a.grad_bias) return;
 
@@ -240,11 +240,10 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
     reduce_gradients(g, Sources<T, 2, Dy>{reduced, {x}}, state.centres, sums, c0, c1, p);
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
       sum_chunks(g, sums, b, e);
-      for (int64_t c = b; c < e; ++c) finish_gradient<T>(a, sums, state, c, coefficients);
+      for (int64_t c = b; c < e; ++c) finish_gradient<T, Op>(a, sums, state, c, coefficients);
     });
     if (!applied) return;
-    apply_gradients<GradInput<T>, Dy>(g, {*applied, {x}}, {static_cast<T*>(a.dx.data)}, coefficients, c0, c1,
-                                      Order::kReverse, p);
+    apply_gradients<Op, Dy>(g, {*applied, {x}}, {static_cast<T*>(a.dx.data)}, coefficients, c0, c1, Order::kReverse, p);
   });
 }
 

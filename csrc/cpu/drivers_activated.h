@@ -30,7 +30,8 @@ inline void backward_by_sign(const Geometry& g, const ActivatedBackwardArgs& a, 
                              const Act& act, const Parallel& par) {
   const SignGradient<T, Act, kMask> reduced(gradient, act, nullptr);
   const SignGradient<T, Act, kMask> applied(gradient, act, static_cast<T*>(a.grad_residual.data));
-  reduce_and_apply<T>(g, a, reduced, &applied, par);
+  using Op = std::conditional_t<kMask, GradInput<T>, SharedGradInput<T>>;
+  reduce_and_apply<T, Op>(g, a, reduced, &applied, par);
 }
 
 template <class T>

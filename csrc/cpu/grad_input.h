@@ -7,9 +7,25 @@ template <class T>
 struct GradInput {
   using Element = T;
   static constexpr int kInputs = 2, kOutputs = 1, kCoefficients = 5;
+  static constexpr bool kShares = false;
   static void apply(const VecC<T>* in, const VecC<T>* c, VecC<T>* out) {
     out[0] = (((in[0] - c[1]) + c[4]) - (in[1] - c[0]) * c[3]) * c[2];
   }
+  static void put(const Gradient<Scalar<T>>& k, Scalar<T>* c) {
+    c[0] = k.mean_hi, c[1] = k.dy_hi, c[2] = k.scale, c[3] = k.slope, c[4] = k.offset;
+  }
+};
+
+// The same where dy is a gradient that shares forward's mean_hi and scale (Shared): two loads less for each pack.
+template <class T>
+struct SharedGradInput {
+  using Element = T;
+  static constexpr int kInputs = 2, kOutputs = 1, kCoefficients = 3;
+  static constexpr bool kShares = true;
+  static void apply(const VecC<T>* in, const VecC<T>* c, const VecC<T>* shared, VecC<T>* out) {
+    out[0] = (((in[0] - c[0]) + c[2]) - (in[1] - shared[0]) * c[1]) * shared[1];
+  }
+  static void put(const Gradient<Scalar<T>>& k, Scalar<T>* c) { c[0] = k.dy_hi, c[1] = k.slope, c[2] = k.offset; }
 };
 
 // The gradients of double_formulas.h with respect to dy and to x, of dy, x and gg.
@@ -17,6 +33,7 @@ template <class T>
 struct DoubleGradInput {
   using Element = T;
   static constexpr int kInputs = 3, kOutputs = 2, kCoefficients = kDoubleCoefficients;
+  static constexpr bool kShares = false;
   static void apply(const VecC<T>* in, const VecC<T>* c, VecC<T>* out) { double_gradients(in, c, out); }
 };
 
@@ -68,19 +85,26 @@ inline Pieces<T, kInputs, Row> operator+(const Pieces<T, kInputs, Row>& in, int6
 // One step of a row or a run: `in` at its elements, `left` of which there are where it is a tail.
 template <class Op, bool kStream, class Row, class Tail, class CoefficientAt>
 inline __attribute__((always_inline)) void apply_step(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t at,
-                                                      int64_t left, Tail tail, const CoefficientAt& coefficient) {
+                                                      int64_t left, Tail tail,
+                                                      const Shared<typename Op::Element>& shared,
+                                                      const CoefficientAt& coefficient) {
   using T = typename Op::Element;
   constexpr int kVectors = kPackVectors<T>, kInputs = Op::kInputs, kOutputs = Op::kOutputs;
   T buffer[kPack<T>];
   VecC<T> loaded[kInputs][kVectors], made[kOutputs][kVectors];
   for (int k = 1; k < kInputs; ++k) load_pack_at(in.rest[k - 1][0], at, left, tail, loaded[k]);
-  load_gradient<T>(in.dy[0], at, left, tail, loaded[1], loaded[0]);
+  load_gradient<T>(in.dy[0], at, left, tail, shared, loaded[1], loaded[0]);
   keep_gradient<T>(in.dy[0], at, left, tail, loaded[0]);
   for (int u = 0; u < kVectors; ++u) {
     VecC<T> of[kInputs], c[Op::kCoefficients], result[kOutputs];
     for (int k = 0; k < kInputs; ++k) of[k] = loaded[k][u];
     for (int i = 0; i < Op::kCoefficients; ++i) c[i] = coefficient(i, u);
-    Op::apply(of, c, result);
+    if constexpr (Op::kShares) {
+      const VecC<T> k[2] = {shared[0][u], shared[1][u]};
+      Op::apply(of, c, k, result);
+    } else {
+      Op::apply(of, c, result);
+    }
     for (int o = 0; o < kOutputs; ++o) made[o][u] = result[o];
   }
   for (int o = 0; o < kOutputs; ++o) {
@@ -100,7 +124,9 @@ inline void apply_row(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64
                       const Scalar<typename Op::Element>* const* c, int64_t c0) {
   using T = typename Op::Element;
   for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
-    apply_step<Op, kStream>(in, out, v, n - v, tail, [&](int i, int u) __attribute__((always_inline)) {
+    Shared<T> shared;
+    load_shared<T>(in.dy[0], v, shared);
+    apply_step<Op, kStream>(in, out, v, n - v, tail, shared, [&](int i, int u) __attribute__((always_inline)) {
       return load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
     });
   });
@@ -112,8 +138,11 @@ inline void apply_run(const PiecesOf<Op, Run>& in, const Outputs<Op>& out, int64
   using T = typename Op::Element;
   VecC<T> k[Op::kCoefficients];
   for (int i = 0; i < Op::kCoefficients; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
+  Shared<T> shared;
+  load_shared<T>(in.dy[0], 0, shared);
   for_run<kPack<T>>(n, [&](int64_t j, auto tail, int) __attribute__((always_inline)) {
-    apply_step<Op, kStream>(in, out, j, n - j, tail, [&](int i, int) __attribute__((always_inline)) { return k[i]; });
+    apply_step<Op, kStream>(in, out, j, n - j, tail, shared,
+                            [&](int i, int) __attribute__((always_inline)) { return k[i]; });
   });
 }
 

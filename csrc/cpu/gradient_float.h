@@ -27,9 +27,11 @@ inline void accumulate_gradient_rows_float(const Pieces<T, kInputs, Row, kRows>&
   for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     VecF shifts[kVectors], total[kCount][kVectors] = {};
     for (int u = 0; u < kVectors; ++u) shifts[u] = load_raw<VecF>(shift + v + u * kLanesF);
+    Shared<T> shared;
+    load_shared<T>(rows.dy[0], v, shared);
     const auto load = [&](int j, VecF(*to)[kVectors]) __attribute__((always_inline)) {
       for (int k = 1; k < kInputs; ++k) load_pack_at(rows.rest[k - 1][j], v, n - v, tail, to[k]);
-      load_gradient<T>(rows.dy[j], v, n - v, tail, to[1], to[0]);
+      load_gradient<T>(rows.dy[j], v, n - v, tail, shared, to[1], to[0]);
     };
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
@@ -96,12 +98,14 @@ inline void accumulate_gradient_run_float(const Pieces<T, kInputs, Run>& from, i
   constexpr int kCount = kSums<kInputs>, kW = kWays<kInputs>;
   const VecF mean = VecF{} + shift;
   VecF acc[kCount][kW] = {};
+  Shared<T> shared;
+  load_shared<T>(from.dy[0], 0, shared);
   for_run<2 * kLanesF>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
     VecF in[kInputs][2], at[kInputs], term[2][kCount];
     for (int w = 0; w < 2; w += kPackVectors<T>) {
       const int64_t v = i + w * kLanesF;
       for (int k = 1; k < kInputs; ++k) load_pack_at(from.rest[k - 1][0], v, n - v, tail, in[k] + w);
-      load_gradient<T>(from.dy[0], v, n - v, tail, in[1] + w, in[0] + w);
+      load_gradient<T>(from.dy[0], v, n - v, tail, shared, in[1] + w, in[0] + w);
     }
     for (int w = 0; w < 2; ++w) {
       for (int k = 0; k < kInputs; ++k) at[k] = k == 1 ? in[k][w] - mean : in[k][w];
