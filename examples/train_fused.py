@@ -2,7 +2,7 @@
 
     python examples/train_fused.py
     python examples/train_fused.py --network residual --data fashion-mnist
-    python examples/train_fused.py --no-compile
+    python examples/train_fused.py --no-compile --json result.jsonl
 
 The three start from the same weights and take the same batches. Exit status 1 says that the fused network and the
 native one did not agree.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
 import bn_ext
 import data
+from environment import facts
 from networks import mlp, residual_mlp
 from train_mlp import DEFAULTS, MOMENTUM, Outcome, Run
 
@@ -67,6 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: 20 for digits, 5 for Fashion-MNIST")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     return parser.parse_args(argv)
 
@@ -85,9 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red")
         return 2
+    lines = []
     for name, run in runs.items():
         time = 1e6 * median(run.step_seconds)
         console.print(f"{TITLES[name]:<20} test accuracy {run.accuracy[-1]:.2%}, median training step {time:.0f} us")
+        record = {**facts(torch.device("cpu")), "network": args.network, "data": args.data, "kind": name}
+        lines.append(record | {"batch": args.batch_size, "median_us": time, "accuracy": run.accuracy[-1]})
+    if args.json:
+        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     console.print("the fused network agrees with the native one" if outcome.agreed else "the fused network DIFFERS")
     return 0 if outcome.agreed else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 import sys
 from pathlib import Path
@@ -181,8 +182,14 @@ FUSED = {  # what convert(fuse=True) should find in each network, and how often
 
 
 @pytest.mark.parametrize("network", train_fused.NETWORKS)
-def test_the_fused_network_agrees_with_the_native_one(network: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_fused.main(["--network", network, "--epochs", "2", "--no-compile"]) == 0
+def test_the_fused_network_agrees_with_the_native_one(
+    network: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = tmp_path / "r.jsonl"
+    assert train_fused.main(["--network", network, "--epochs", "2", "--no-compile", "--json", str(result)]) == 0
+    found = [json.loads(line) for line in result.read_text().splitlines()]
+    assert [(r["network"], r["kind"]) for r in found] == [(network, "nn"), (network, "fused")]
+    assert all(r["median_us"] > 0 and r["accuracy"] > 0.5 for r in found)
     said = capsys.readouterr().out
     assert {what: said.count(what) for what in FUSED[network]} == FUSED[network] and "agrees" in said
 
