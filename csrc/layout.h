@@ -24,7 +24,9 @@ constexpr int kMaxOperands = 4;
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
 constexpr int64_t kChunkElements = 131072;
-constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 4096;
+// A medium-sized tensor's chunks are for several cores to share; sums of them are cheaper to add than moments to merge.
+constexpr int64_t kMinChunkElements = 32768, kMomentChunks = 2, kGradientChunks = 4;
+constexpr int64_t kMinChunkRows = 64, kMaxChunkRows = 4096;
 constexpr int64_t kRunElements = 16384;  // elements of one channel that make a chunk of planes
 
 struct Geometry {
@@ -33,6 +35,7 @@ struct Geometry {
   int64_t outer = 1, channels = 0, inner = 1;  // reduction = outer x inner, collapsed where all operands allow it
   int64_t fold = 1;                            // rows joined into one row of columns
   int64_t rows = 0, cols = 0, tail_cols = 0;   // columns; tail_cols: the joined rows left over
+  int64_t rows_of_chunk = kMaxChunkRows;
   Strides strides[kMaxOperands];
 
   // Size of the counter that runs fastest along a row of columns.
@@ -60,9 +63,15 @@ struct Geometry {
     return cols < whole ? cols : whole;
   }
   int64_t col_blocks() const { return cols == 0 ? 1 : (cols + block_cols() - 1) / block_cols(); }
-  int64_t chunk_rows() const {
-    const int64_t want = kChunkElements / (block_cols() ? block_cols() : 1);
-    return want < kMinChunkRows ? kMinChunkRows : want > kMaxChunkRows ? kMaxChunkRows : want;
+  int64_t chunk_rows() const { return rows_of_chunk; }
+  // As many chunks of rows as are wanted of a medium-sized tensor; more of a large one.
+  void set_chunks(int64_t wanted) {
+    const int64_t share = rows * cols / wanted;
+    const int64_t elements = share < kMinChunkElements ? kMinChunkElements
+                             : share > kChunkElements  ? kChunkElements
+                                                       : share;
+    const int64_t want = elements / (block_cols() ? block_cols() : 1);
+    rows_of_chunk = want < kMinChunkRows ? kMinChunkRows : want > kMaxChunkRows ? kMaxChunkRows : want;
   }
   int64_t row_chunks() const { return (rows + chunk_rows() - 1) / chunk_rows(); }
   int64_t run_length() const { return inner < kRunElements ? inner : kRunElements; }
@@ -124,6 +133,7 @@ inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int
     g.rows = g.outer;
     g.cols = g.channels * g.inner;
   }
+  g.set_chunks(kMomentChunks);
   return g;
 }
 

@@ -250,7 +250,8 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
 template <class T>
 inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
   const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
-  const Geometry g = make_geometry(a.shape, operands, 3);
+  Geometry g = make_geometry(a.shape, operands, 3);
+  g.set_chunks(kGradientChunks);
   const Reader<T> dy(g, 1, a.dy.data);
   reduce_and_apply<T>(g, a, dy, a.dx && a.saved ? &dy : nullptr, par);
 }

@@ -38,7 +38,8 @@ template <class T>
 inline void backward_activated_typed(const ActivatedBackwardArgs& a, const Parallel& par) {
   const TensorRef residual = a.epilogue.residual && !a.epilogue.mask ? a.epilogue.residual : a.dx;
   const TensorRef operands[] = {a.dx, a.dy, a.x, residual};
-  const Geometry g = make_geometry(a.shape, operands, 4);
+  Geometry g = make_geometry(a.shape, operands, 4);
+  g.set_chunks(kGradientChunks);
   const ActivatedGradient<T> gradient(g, a, 1, 3);
   T *dx = static_cast<T*>(a.dx.data), *grad_residual = static_cast<T*>(a.grad_residual.data);
   const bool stream = streams_output(g, sizeof(T));
