@@ -157,6 +157,24 @@ def test_onnx_has_the_standard_operator(
     torch.testing.assert_close(torch.from_numpy(out), right.tanh().detach().cpu(), rtol=0, atol=bound)
 
 
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
+@pytest.mark.filterwarnings("ignore:The feature will be removed")
+@pytest.mark.parametrize("exporter", [_onnx_by_export, _onnx_by_trace], ids=["export", "trace"])
+def test_onnx_of_what_follows(device: str, exporter: Callable[[nn.Module, Tensor], bytes]) -> None:
+    """A fused activation becomes the standard operators one after the other."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    module = module_for(FUSED, 5, device, activation="relu").eval()
+    data = exporter(nn.Sequential(module).eval(), normal((6, 5), device=device))
+    graph = onnx.load_from_string(data).graph
+    assert [node.op_type for node in graph.node if node.op_type != "Identity"] == ["BatchNormalization", "Relu"]
+    session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    x = normal((11, 5), device=device, seed=1)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+    # Some roundings of terms of size 10 at the most.
+    bound = 8 * torch.finfo(torch.float32).eps * 10
+    torch.testing.assert_close(torch.from_numpy(out), module(x).detach().cpu(), rtol=0, atol=bound)
+
+
 # ---- TorchScript ----
 
 

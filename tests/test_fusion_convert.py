@@ -157,7 +157,7 @@ def test_reverted_to_what_it_was(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", WHOLE)
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "again", "compile"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "again", "compile", "export"])
 def test_a_fused_model_is_a_model(case: str, way: str) -> None:
     mine, native = fused_and_native(WHOLE[case][0]())
     if way == "deepcopy":
@@ -173,6 +173,13 @@ def test_a_fused_model_is_a_model(case: str, way: str) -> None:
         mine = torch.load(file, weights_only=False)
     elif way == "again":
         bn_ext.convert(mine, fuse=True)
+    elif way == "export":
+        x = normal((8, C), F64)
+        program = torch.export.export(mine.eval(), (x.clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        operators = {str(node.target) for node in program.graph.nodes}
+        assert "bn_ext.batch_norm_act.default" in operators or not any(f.fused for f in bn_ext.fusion_report(mine))
+        torch.testing.assert_close(program.module()(x.clone()), native.eval()(x.clone()))
+        return
     else:
         torch._dynamo.reset()
         x = normal((8, C), F64)
