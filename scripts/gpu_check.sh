@@ -17,7 +17,7 @@ TOTAL=${GPU_CHECK_SECONDS:-530}
 STEPS=(environment build cuda-tests large-tests memcheck racecheck synccheck initcheck suite
   bench-replay bench-calls bench-fusion bench-compile traffic)
 # Tests that need no GPU and take long, or that have a step of their own.
-ELSEWHERE="cuda cuda_large cuda_compile distributed examples gpu_check instructions packaging"
+ELSEWHERE="cuda cuda_fusion cuda_large cuda_compile distributed examples gpu_check instructions packaging"
 
 left() { echo $((TOTAL - SECONDS)); }
 wanted() { [[ -z $ONLY || ",$ONLY," == *",$1,"* ]]; }
@@ -218,7 +218,7 @@ all_steps() {
   fi
   beside suite 200 suite
   if [[ $DEVICE != cpu ]]; then
-    step cuda-tests 150 tests "$ROOT/tests/test_cuda.py" --
+    step cuda-tests 150 tests "$ROOT/tests/test_cuda.py" "$ROOT/tests/test_cuda_fusion.py" --
     step large-tests 90 tests "$ROOT/tests/test_cuda_large.py" --
   fi
   wait
