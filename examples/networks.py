@@ -47,6 +47,11 @@ def residual_mlp(features: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*head, *(Residual(nn.Linear, WIDTH) for _ in range(BLOCKS)), nn.Linear(WIDTH, classes))
 
 
+def resnet(features: int, classes: int) -> nn.Sequential:
+    """resnet1d over the features as one signal; input (N, features), output (N, classes)."""
+    return nn.Sequential(nn.Unflatten(1, (1, features)), *resnet1d(1, classes))
+
+
 def resnet1d(channels: int, classes: int, width: int = 64, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Ten layers: a convolution, four blocks of two, a linear one. Input (N, channels, L), output (N, classes)."""
     head = (nn.Conv1d(channels, width, 7, padding=3, bias=False), nn.BatchNorm1d(width), activation())

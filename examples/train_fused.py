@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import bn_ext
 import data
 from environment import facts
-from networks import mlp, residual_mlp
+from networks import mlp, residual_mlp, resnet
 from train_mlp import DEFAULTS, MOMENTUM, Outcome, Run
 
-NETWORKS = {"mlp": mlp, "residual": residual_mlp}
+NETWORKS = {"mlp": mlp, "residual": residual_mlp, "resnet": resnet}
 TITLES = {"nn": "nn.BatchNorm1d", "fused": "convert(fuse=True)", "compile": "torch.compile"}
 
 
@@ -65,7 +65,7 @@ def train(dataset: data.Dataset, runs: dict[str, Run], epochs: int, batch_size: 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a network as it is, fused, and compiled by torch.")
-    parser.add_argument("--network", choices=NETWORKS, default="mlp", help="the README's (default), or a residual one")
+    parser.add_argument("--network", choices=NETWORKS, default="mlp", help="the README's (default), or another")
     parser.add_argument("--data", choices=data.NAMES, default="digits", help="what to train on (default: digits)")
     parser.add_argument("--root", type=Path, help=f"folder of the Fashion-MNIST files (default: {data.DEBIAN_ROOT})")
     parser.add_argument("--epochs", type=int, help="default: 20 for digits, 5 for Fashion-MNIST")
