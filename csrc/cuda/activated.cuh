@@ -222,11 +222,11 @@ struct ActivatedBackward : GradientSums<T, V> {
   using A = typename Sums::A;
   using Args = ActivatedBackwardArgs;
   using Beside = typename Of::Bits;
-  static constexpr bool kOnePass = false, kSumsBeside = true, kLocates = kSource == Source::kMask;
+  static constexpr bool kOnePass = false, kSumsBeside = true;
   static constexpr int kInputs = kSource == Source::kSum ? 3 : 2, kOutputs = 2, kUnroll = 2;
-  // Rows of coefficients; by mask there is no shift.
-  static constexpr int kMean = 0, kScale = 1, kDy = 2, kSlope = 3, kOffset = 4, kShift = 5;
-  static constexpr int kCoefficients = kSource == Source::kMask ? 5 : 6, kShiftRow = kCoefficients - 1;
+  // Rows of coefficients; the shift comes last, as by mask there is none and any row will do.
+  static constexpr int kCoefficients = kSource == Source::kMask ? 5 : 6;
+  static constexpr int kMean = 0, kScale = 1, kDy = 2, kSlope = 3, kOffset = 4, kShift = kCoefficients - 1;
 
   struct State : Sums::State {
     A c[3][V];  // of the normalisation; not by mask
@@ -302,7 +302,7 @@ struct ActivatedBackward : GradientSums<T, V> {
         const A x = widen(in[1][i]);
         A residual = 0;
         if constexpr (kSource == Source::kSum) residual = widen(in[2][i]);
-        const A g = gradient(widen(in[0][i]), bits, i, x, residual, c[kMean][i], c[kScale][i], c[kShiftRow][i]);
+        const A g = gradient(widen(in[0][i]), bits, i, x, residual, c[kMean][i], c[kScale][i], c[kShift][i]);
         const A centred = (g - c[kDy][i]) + c[kOffset][i];
         r.v[0][i] = narrow<T>(g);
         r.v[1][i] = narrow<T>((a.training ? centred - (x - c[kMean][i]) * c[kSlope][i] : g) * c[kScale][i]);
