@@ -149,7 +149,7 @@ struct ActivatedForward<T, V, true> : ActivatedForward<T, V, false> {
   using Args = ActivatedForwardArgs;
   using Beside = Vec<T, V>;
   static constexpr int kUnroll = 2;  // as many rows as the registers hold
-  static constexpr bool kMarks = true;
+  static constexpr bool kMarks = true, kSumsBeside = false;
 
   template <int N>
   static __device__ __forceinline__ Beside beside(const Args& a, int64_t offset) {
@@ -187,10 +187,10 @@ struct ActivatedGradient {
   using A = typename Accumulate<T>::Type;
   using Args = ActivatedBackwardArgs;
   // The bits of a vector, or nothing.
-  using Bits = std::conditional_t<kSource == Source::kMask, unsigned, char>;
+  using Beside = std::conditional_t<kSource == Source::kMask, unsigned, char>;
 
   template <int N>
-  static __device__ __forceinline__ Bits bits_of(const Args& a, int64_t offset) {
+  static __device__ __forceinline__ Beside beside(const Args& a, int64_t offset) {
     if constexpr (kSource != Source::kMask) return 0;
     return a.epilogue.mask ? load_mask<T, N>(a.epilogue.mask, offset) : ~0u;
   }
@@ -201,10 +201,10 @@ struct ActivatedGradient {
     if constexpr (kSource == Source::kMask) {
       const bool zero = a.epilogue.activation == Activation::kReLU;
       const A slope = static_cast<A>(a.epilogue.negative_slope);
-      use([=](A dy, Bits bits, int i, auto...) { return bits >> i & 1u ? dy : zero ? A(0) : dy * slope; });
+      use([=](A dy, Beside bits, int i, auto...) { return bits >> i & 1u ? dy : zero ? A(0) : dy * slope; });
     } else {
       with_kind<A>(a.epilogue, [&](const auto& act) {
-        use([&](A dy, Bits, int, A x, A residual, A mean_hi, A scale, A shift) {
+        use([&](A dy, Beside, int, A x, A residual, A mean_hi, A scale, A shift) {
           const A v = (x - mean_hi) * scale + shift;
           return act.gradient(dy, kSource == Source::kSum ? v + residual : v);
         });
@@ -216,12 +216,13 @@ struct ActivatedGradient {
 // Sums and, where they are wanted, dx and the residual's gradient g. As Backward of g; in evaluation dx = g * scale.
 // Inputs dy, x and, by sum, the residual; outputs g, dx.
 template <typename T, int V, Source kSource>
-struct ActivatedBackward : GradientSums<T, V> {
+struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> {
   using Sums = GradientSums<T, V>;
   using Of = ActivatedGradient<T, V, kSource>;
+  using Element = T;
   using A = typename Sums::A;
   using Args = ActivatedBackwardArgs;
-  using Beside = typename Of::Bits;
+  using Beside = typename Of::Beside;
   static constexpr bool kOnePass = false, kSumsBeside = true;
   static constexpr int kInputs = kSource == Source::kSum ? 3 : 2, kOutputs = 2, kUnroll = 2;
   // Rows of coefficients; the shift comes last, as by mask there is none and any row will do.
@@ -231,11 +232,6 @@ struct ActivatedBackward : GradientSums<T, V> {
   struct State : Sums::State {
     A c[3][V];  // of the normalisation; not by mask
   };
-
-  template <int N>
-  static __device__ __forceinline__ Beside beside(const Args& a, int64_t offset) {
-    return Of::template bits_of<N>(a, offset);
-  }
 
   static __device__ void begin(State* s, const Plan& p, const Place<V>& place, const Args& a) {
     Sums::begin(s, p, place, a);
@@ -330,12 +326,12 @@ struct ActivatedBackward : GradientSums<T, V> {
 
 // Without sums: g and, in evaluation, dx = g * scale. By mask nothing but dy is read.
 template <typename T, int V, Source kSource>
-struct ActivationGradient {
-  using Element = T;
+struct ActivationGradient : ActivatedGradient<T, V, kSource> {
   using Of = ActivatedGradient<T, V, kSource>;
   using A = typename Of::A;
   using Args = ActivatedBackwardArgs;
-  using Beside = typename Of::Bits;
+  using Beside = typename Of::Beside;
+  static constexpr bool kSumsBeside = false;
   static constexpr int kVector = V,
                        kInputs = kSource == Source::kSum        ? 3
                                  : kSource == Source::kArgument ? 2
@@ -343,10 +339,6 @@ struct ActivationGradient {
                        kOutputs = 2;
   static constexpr int kCoefficients = kSource == Source::kMask ? 1 : 3, kUnroll = 2;
 
-  template <int N>
-  static __device__ __forceinline__ Beside beside(const Args& a, int64_t offset) {
-    return Of::template bits_of<N>(a, offset);
-  }
   static __device__ __forceinline__ Results<T, V, 2> apply(const Vec<T, V> (&in)[kInputs], Beside bits,
                                                            const A (&c)[kCoefficients][V], const Args& a) {
     Results<T, V, 2> r;

@@ -57,15 +57,7 @@ struct BesideOf {
 template <class Op>
 struct BesideOf<Op, std::void_t<typename Op::Beside>> {
   using Type = typename Op::Beside;
-  template <class O>
-  static constexpr auto sums(int) -> decltype(O::kSumsBeside) {
-    return O::kSumsBeside;
-  }
-  template <class O>
-  static constexpr bool sums(...) {
-    return false;
-  }
-  static constexpr bool kSums = sums<Op>(0);
+  static constexpr bool kSums = Op::kSumsBeside;
 };
 template <class Op, class = void>
 struct leaves_mask : std::false_type {};
