@@ -1,10 +1,12 @@
 // autograd.cpp's entry for batch norm with a residual and an activation: one operator, one node.
+#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_right_shift.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/erf.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/rsqrt.h>
@@ -131,6 +133,15 @@ ActivatedGradients composite_backward(const Tensor& grad_output, const Tensor& i
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
+// input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and what
+// saved-tensor hooks bring back may be laid out otherwise (save_on_cpu makes everything contiguous).
+Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
+  if (input.sizes().size() != strides.size()) return input;  // the operator refuses it
+  const bool dense = input.is_non_overlapping_and_dense();
+  if ((dense ? input.strides().vec() : at::infer_dense_strides(input.sizes(), input.strides())) == strides) return input;
+  return at::empty_strided(input.sizes(), strides, input.options()).copy_(input);
+}
+
 struct Activated : torch::autograd::Function<Activated> {
   static constexpr bool is_traceable = true;  // its backward is operators alone: compiled autograd may see into it
   static constexpr int kInputs = 12;
@@ -156,6 +167,9 @@ struct Activated : torch::autograd::Function<Activated> {
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["slope"] = negative_slope;
+    // Symbolic in a graph that is being traced: what its backward gets has forward's strides.
+    const bool by_mask = mask.sym_numel() != 0 && !output.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+    ctx->saved_data["strides"] = by_mask ? output.strides().vec() : std::vector<int64_t>();
     ctx->saved_data["mask"] = int64_t(input.requires_grad() + 2 * requires_grad(residual) + 4 * requires_grad(weight) +
                                       8 * requires_grad(bias));
     return output;
@@ -166,7 +180,9 @@ struct Activated : torch::autograd::Function<Activated> {
     variable_list list(kInputs);
     if (!dy.defined()) return list;
     const auto kept = ctx->get_saved_variables();
-    const Tensor &x = kept[0], &mask = kept[2], &saved = kept[5];
+    const Tensor &mask = kept[2], &saved = kept[5];
+    const std::vector<int64_t> strides = ctx->saved_data["strides"].toIntVector();
+    const Tensor x = strides.empty() ? kept[0] : laid_for_mask(kept[0], strides);
     const OptionalTensor residual = optional(kept[1]), weight = optional(kept[3]), bias = optional(kept[4]);
     const bool training = ctx->saved_data["training"].toBool();
     const std::string activation = ctx->saved_data["activation"].toStringRef();
