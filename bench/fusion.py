@@ -1,6 +1,6 @@
 """Time batch norm with what follows it, in one pass and in several: bench_batchnorm.py --fusion.
 
-Rows are relu(bn(x)) and relu(bn(x) + r). Contenders: `fused`, FusedBatchNorm1d(activation="relu"); `separate`, a
+Rows are relu(bn(x)) and relu(bn(x) + r). Contenders: `fused`, BatchNormAct1d; `separate`, a
 plain FusedBatchNorm1d and torch's operations behind it; `nn`, nn.BatchNorm1d and these; `compile`, torch.compile of
 that.
 """
@@ -60,7 +60,7 @@ def make(contender: str, point: Point, device: torch.device) -> nn.Module:
     """The contender's module, called with x and r or None."""
     options: dict[str, Any] = {"device": device, "dtype": torch.float64 if point.dtype == "float64" else torch.float32}
     if contender == "fused":
-        return bn_ext.FusedBatchNorm1d(point.shape[1], activation="relu", **options)
+        return bn_ext.BatchNormAct1d(point.shape[1], "relu", **options)
     kind = bn_ext.FusedBatchNorm1d if contender == "separate" else nn.BatchNorm1d
     return Follow(kind(point.shape[1], **options))
 

@@ -12,8 +12,8 @@ from ._version import __version__
 _C = load_library()
 
 from . import functional  # noqa: E402  (the library registers the operators that these modules bind)
-from .convert import convert, revert  # noqa: E402
-from .fuse import fusion_report  # noqa: E402
+from .convert import convert, fusion_report, revert  # noqa: E402
+from .fusion.container import BatchNormAct1d  # noqa: E402
 from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d  # noqa: E402
 
 
@@ -23,6 +23,7 @@ def build_info() -> dict[str, object]:
 
 
 __all__ = [
+    "BatchNormAct1d",
     "FusedBatchNorm1d",
     "LazyFusedBatchNorm1d",
     "__version__",

@@ -71,6 +71,17 @@ def finish(output: Tensor, input: Tensor, residual: Tensor | None, activation: s
     return input.copy_(result) if inplace else result
 
 
+def fits(input: Tensor, residual: Tensor) -> bool:
+    """Return whether the kernels add residual to the batch norm of input as it is."""
+    return (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+        and residual.layout == torch.strided
+        and not overrides_functions(residual)
+    )
+
+
 def fused_batch_norm_act(
     implementation: Implementation,
     input: Tensor,
@@ -95,14 +106,7 @@ def fused_batch_norm_act(
     check_call(input, residual, training, inplace, weight, bias)
     if not training and (running_mean is None or running_var is None):
         return None  # native words the error
-    fits = residual is None or (
-        residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-        and residual.layout == torch.strided
-        and not overrides_functions(residual)
-    )
-    if implementation is not ops.batch_norm or not fits:
+    if implementation is not ops.batch_norm or not (residual is None or fits(input, residual)):
         output = fused_batch_norm(
             implementation, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
         )
@@ -124,4 +128,4 @@ def fused_batch_norm_act(
         return None
 
 
-__all__ = ["ACTIVATIONS", "activate", "check_activation", "check_call", "finish", "fused_batch_norm_act"]
+__all__ = ["ACTIVATIONS", "activate", "check_activation", "check_call", "finish", "fits", "fused_batch_norm_act"]

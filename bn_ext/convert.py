@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import logging
+from typing import Any, TypeVar
 
 from torch import nn
 
-from .fuse import fuse as fuse_followers
-from .fuse import unfuse
+from .fusion.parents import fused_class, original_of
+from .fusion.report import Analysis, Fusion
 from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d, mark_as_leaf
 
+logger = logging.getLogger("bn_ext")
 Model = TypeVar("Model", bound=nn.Module)
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -19,14 +21,30 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 _NATIVE = {fused: native for native, fused in _FUSED.items()}
 
 
-def _swap(model: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Model:
-    for module in model.modules():
-        if type(module) in classes and getattr(module, "activation", None) is None:  # exact: subclasses have a forward
-            module.__class__ = classes[type(module)]
+class _Undo:
+    """Changes classes of modules, and takes it all back."""
+
+    def __init__(self) -> None:
+        self.was: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+
+    def change(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        if type(module) is kind:
+            return
+        self.was.append((module, type(module), {k: v for k, v in vars(module).items() if k == "__module__"}))
+        _set_class(module, kind)
+        vars(module).pop("__module__", None)
+        if isinstance(module, FusedBatchNorm1d):
+            mark_as_leaf(module)
+
+    def all(self) -> None:
+        for module, kind, kept in reversed(self.was):
+            _set_class(module, kind)
             vars(module).pop("__module__", None)
-            if isinstance(module, FusedBatchNorm1d):
-                mark_as_leaf(module)
-    return model
+            vars(module).update(kept)
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", kind)  # a model may have a __setattr__ of its own
 
 
 def convert(model: Model, fuse: bool = False) -> Model:
@@ -34,28 +52,68 @@ def convert(model: Model, fuse: bool = False) -> Model:
 
     The modules stay the objects that they are, so parameters, buffers, hooks, training flag, dtype, device, optimizer
     references and sharing are kept. Subclasses of BatchNorm1d, SyncBatchNorm and the 2-D and 3-D variants are left
-    alone.
+    alone. It succeeds, or raises and leaves the model as it was.
 
-    With fuse, a batch norm also computes the activation (ReLU, LeakyReLU, SiLU, exact GELU; module, function or method)
-    that alone reads its output, and the addition before it, where the model shows them: in the order of an
-    nn.Sequential, whose activation becomes an nn.Identity, or in the forward of any other module that torch.fx can
-    trace, which gets a subclass of its class with that forward. What was done and what was not, and why, is in
-    bn_ext.fusion_report(model), and logged to "bn_ext" at level INFO. A fused forward is that of today: later changes
-    of attributes that the original's Python code tests have no effect, as with torch.fx.
+    With fuse, what calls a batch norm also has it computed in one pass with the activation (ReLU, LeakyReLU, SiLU,
+    exact GELU; module, function or method) that alone reads its output, and with an addition before that:
+
+    - in an nn.Sequential, which looks at its children at every call;
+    - in the methods of the model's own classes, where their source shows act(norm(x)) or act(norm(x) + r), in one
+      expression or over statements of one block between which nothing can tell the difference. The module gets a
+      subclass of its class, of the same name, whose method differs in these calls alone.
+
+    Batch norms and activations stay what they are: one that is replaced, hooked, parametrized, synchronised or folded
+    later is called as ever. What is computed where, and why not more, is in bn_ext.fusion_report(model), and logged to
+    "bn_ext" at level INFO.
     """
-    model = _swap(model, _FUSED)
-    if fuse:
-        fuse_followers(model)
+    undo = _Undo()
+    try:
+        for module in list(model.modules()):
+            if type(module) in _FUSED:  # exact: a subclass has a forward of its own
+                undo.change(module, _FUSED[type(module)])
+        if fuse:
+            _fuse(model, undo)
+    except BaseException:
+        undo.all()
+        raise
+    if fuse and logger.isEnabledFor(logging.INFO):
+        for entry in fusion_report(model):
+            logger.info("%s (%s): %s%s", entry.name, entry.where, entry.computes, _because(entry))
     return model
+
+
+def _because(entry: Fusion) -> str:
+    return f", not fused: {entry.reason}" if entry.reason else ""
+
+
+def _fuse(model: nn.Module, undo: _Undo) -> None:
+    analysis = Analysis(model)
+    for module in list(model.modules()):
+        kind = original_of(module)
+        if module in analysis.specs:
+            undo.change(module, fused_class(kind, analysis.specs[module]))
+        elif kind is not type(module):
+            undo.change(module, kind)  # it called a batch norm when it was converted, and does no more
 
 
 def revert(model: Model) -> Model:
     """Undo convert: make every FusedBatchNorm1d and LazyFusedBatchNorm1d of model torch's own, in place.
 
-    One that was made with an activation, not by convert, stays, as torch's own would leave the activation out.
+    What calls them gets its own class back; where a tool has made a subclass of it since, its forward stays, and calls
+    the batch norms as they are.
     """
-    unfuse(model)
-    return _swap(model, _NATIVE)
+    for module in list(model.modules()):
+        if type(module) in _NATIVE:
+            _set_class(module, _NATIVE[type(module)])
+            vars(module).pop("__module__", None)
+        elif original_of(module) is not type(module):
+            _set_class(module, original_of(module))
+    return model
 
 
-__all__ = ["convert", "revert"]
+def fusion_report(model: nn.Module) -> list[Fusion]:
+    """Return every place where model calls a FusedBatchNorm1d: what is computed there now, and why that is no more."""
+    return Analysis(model).report()
+
+
+__all__ = ["convert", "fusion_report", "revert"]

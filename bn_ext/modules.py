@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.jit.script reads, see below)
 from torch import Tensor, nn
 
-from .activation import activate, check_activation, check_call, finish, fused_batch_norm_act
 from .dispatch import choose, fused_batch_norm
 
 
 def mark_as_leaf(module: nn.Module) -> None:
     """Have torch.fx keep module whole, as it keeps torch's own: it goes by an instance's __module__."""
     vars(module)["__module__"] = nn.BatchNorm1d.__module__
+
+
+# What a call of a batch norm goes by beside its input: running_mean, running_var, weight, bias, num_batches_tracked,
+# training, momentum, eps, as dispatch.fused_batch_norm takes them. A bare tuple: a named one takes 0.2 us to make.
+State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float | None, float]
+
+
+def state_of(norm: nn.BatchNorm1d) -> State:
+    """Return what a call of norm would go by now, by nn.BatchNorm1d's own rules."""
+    # nn.Module.__getattr__ costs a third of a microsecond a name; parametrized names are not in these dicts.
+    parameters, buffers = norm._parameters, norm._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        batches = buffers["num_batches_tracked"]
+    except KeyError:
+        weight, bias = norm.weight, norm.bias
+        mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    training = norm.training
+    if training and not norm.track_running_stats:
+        mean = var = batches = None
+    momentum = norm.momentum
+    if not training:
+        batches = None
+        training = mean is None and var is None
+        if momentum is None:
+            momentum = 0.0
+    return mean, var, weight, bias, batches, training, momentum, norm.eps
 
 
 class FusedBatchNorm1d(nn.BatchNorm1d):
@@ -26,118 +53,39 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
     a call that raises leaves running_mean, running_var and num_batches_tracked as they were. Where no kernel exists
     (device, layout, forward-mode AD, vmap), torch.nn.BatchNorm1d's own forward runs.
 
-    With activation, or called as module(x, residual), it computes act(bn(x) + residual) in the same passes over memory.
-    Beside x backward then keeps, with a residual, one bit an element (relu and leaky_relu; on CUDA a byte for 16 bytes)
-    or the residual itself (silu and gelu; by reference, so it must not change); nothing else of x's size.
-
-    Args:
-        activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).
-        negative_slope: leaky_relu's.
-        inplace: in evaluation, write the result into the input; for calls that autograd does not record.
+    It computes batch norm and nothing else. What follows it runs in the same passes over memory where the model that
+    calls it was converted with bn_ext.convert(model, fuse=True), and in bn_ext.BatchNormAct1d.
 
     Raises:
-        ValueError: input is not 2-D or 3-D; one value per channel in training; eps out of range; no such activation.
-        RuntimeError: input does not have num_features channels; residual cannot be added; inplace in training or where
-            autograd needs the input.
+        ValueError: input is not 2-D or 3-D; one value per channel in training; eps out of range.
+        RuntimeError: input does not have num_features channels.
         NotImplementedError: input is not of a floating type.
     """
 
-    # On the class, so that a converted nn.BatchNorm1d and an old pickle have them too.
-    activation: str | None = None
-    negative_slope: float = 0.01
-    inplace: bool = False
-
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            num_features: int,
-            eps: float = 1e-5,
-            momentum: float | None = 0.1,
-            affine: bool = True,
-            track_running_stats: bool = True,
-            device: Any = None,
-            dtype: Any = None,
-            *,
-            bias: bool = True,
-            activation: str | None = None,
-            negative_slope: float = 0.01,
-            inplace: bool = False,
-        ) -> None: ...
-
-    else:  # torch's own signature, whichever its release has
+    if not TYPE_CHECKING:  # torch's own signature, whichever its release has
 
         @functools.wraps(nn.BatchNorm1d.__init__)
-        def __init__(self, *args, activation=None, negative_slope=0.01, inplace=False, **kwargs):
+        def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             mark_as_leaf(self)
-            self._set_activation(activation, negative_slope, inplace)
 
-    def _set_activation(self, activation: str | None, negative_slope: float = 0.01, inplace: bool = False) -> None:
-        """Take over what differs from the class, so that a plain module has the attributes that torch's has."""
-        check_activation(activation)
-        for name, value in (("activation", activation), ("negative_slope", negative_slope), ("inplace", inplace)):
-            vars(self).pop(name, None)
-            if value != getattr(type(self), name):
-                setattr(self, name, value)
-
-    def extra_repr(self) -> str:
-        text = str(super().extra_repr())  # type: ignore[no-untyped-call]
-        if self.activation is not None:
-            text += f", activation={self.activation}"
-            if self.activation == "leaky_relu":
-                text += f", negative_slope={self.negative_slope}"
-        return text + ", inplace=True" if self.inplace else text
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         implementation = choose(input)
-        plain = residual is None and self.activation is None and not self.inplace
         if implementation is None:
-            return super().forward(input) if plain else self._native(input, None, residual)
+            return super().forward(input)
         self._check_input_dim(input)
-        # nn.Module.__getattr__ costs a third of a microsecond a name; parametrized names are not in these dicts.
-        parameters, buffers = self._parameters, self._buffers
-        try:
-            weight, bias = parameters["weight"], parameters["bias"]
-            mean, var = buffers["running_mean"], buffers["running_var"]
-            batches = buffers["num_batches_tracked"]
-        except KeyError:
-            weight, bias = self.weight, self.bias
-            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        training = self.training
-        if training and not self.track_running_stats:
-            mean = var = batches = None
-        momentum = self.momentum
-        if not training:
-            batches = None
-            training = mean is None and var is None
-            if momentum is None:
-                momentum = 0.0
-        if plain:
-            output = fused_batch_norm(
-                implementation, input, mean, var, weight, bias, batches, training, momentum, self.eps
-            )
-        else:
-            output = fused_batch_norm_act(
-                implementation, input, residual, mean, var, weight, bias, batches, training, momentum, self.eps,
-                self.activation, self.negative_slope, self.inplace,
-            )  # fmt: skip
-        return self._native(input, batches, residual) if output is None else output
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return self if self.activation is None else _Scriptable(self)
+        state = state_of(self)
+        output = fused_batch_norm(implementation, input, *state)
+        return self._native(input, state[4]) if output is None else output
 
     # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.
     forward.__wrapped__ = nn.BatchNorm1d.forward  # type: ignore[attr-defined]
 
-    def _native(self, input: Tensor, batches: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def _native(self, input: Tensor, batches: Tensor | None) -> Tensor:
         """Run torch's own forward where no kernel ran; it counts the batch even when it then raises."""
-        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
-        check_call(input, residual, batch_statistics, self.inplace, self.weight, self.bias)
         before = None if batches is None else batches.clone()
         try:
-            output = super().forward(input)
-            return finish(output, input, residual, self.activation, self.negative_slope, self.inplace)
+            return super().forward(input)
         except Exception:
             if before is not None and batches is not None:
                 batches.copy_(before)
@@ -149,26 +97,5 @@ class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):
 
     cls_to_become = FusedBatchNorm1d
 
-    if not TYPE_CHECKING:
 
-        @functools.wraps(nn.LazyBatchNorm1d.__init__)
-        def __init__(self, *args, activation=None, negative_slope=0.01, inplace=False, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._set_activation(activation, negative_slope, inplace)
-
-
-class _Scriptable(nn.Module):
-    """What torch.jit.script compiles in the place of a FusedBatchNorm1d with an activation: torch's own operations."""
-
-    def __init__(self, source: FusedBatchNorm1d) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(source.num_features)
-        vars(self.norm).update({k: v for k, v in vars(source).items() if k in vars(self.norm)})
-        self.activation, self.negative_slope = source.activation or "identity", source.negative_slope
-        self.train(source.training)
-
-    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript's words)
-        return activate(self.norm(input), residual, self.activation, self.negative_slope)
-
-
-__all__ = ["FusedBatchNorm1d", "LazyFusedBatchNorm1d"]
+__all__ = ["FusedBatchNorm1d", "LazyFusedBatchNorm1d", "State", "mark_as_leaf", "state_of"]

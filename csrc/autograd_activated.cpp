@@ -133,12 +133,13 @@ ActivatedGradients composite_backward(const Tensor& grad_output, const Tensor& i
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
-// input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and what
-// saved-tensor hooks bring back may be laid out otherwise (save_on_cpu makes everything contiguous).
+// input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and
+// what saved-tensor hooks bring back may be laid out otherwise (save_on_cpu makes everything contiguous).
 Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
   if (input.sizes().size() != strides.size()) return input;  // the operator refuses it
   const bool dense = input.is_non_overlapping_and_dense();
-  if ((dense ? input.strides().vec() : at::infer_dense_strides(input.sizes(), input.strides())) == strides) return input;
+  if ((dense ? input.strides().vec() : at::infer_dense_strides(input.sizes(), input.strides())) == strides)
+    return input;
   return at::empty_strided(input.sizes(), strides, input.options()).copy_(input);
 }
 

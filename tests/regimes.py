@@ -23,7 +23,7 @@ import bn_ext
 from bn_ext import model
 from reference import assert_within
 from reference_activated import activated
-from support import LAYOUTS, Step, assert_step, expected_step, module_for, normal, step
+from support import LAYOUTS, Step, act_module_for, assert_step, expected_step, module_for, normal, step
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,17 @@ def check_followed(case: Case, device: str) -> None:
     options = {"dtype": torch.float64} if case.dtype == torch.float64 else {}
     for activation, sums in FOLLOWED:
         for training in (True, False):
-            module = module_for(bn_ext.FusedBatchNorm1d, case.shape[1], activation=activation, **options)
-            module.train(training)
-            running = {"running_mean": module.running_mean.clone(), "running_var": module.running_var.clone()}
+            module = act_module_for(case.shape[1], activation=activation, **options).train(training)
+            norm = module.norm
+            running = {"running_mean": norm.running_mean.clone(), "running_var": norm.running_var.clone()}
             mine = copy.deepcopy(module).to(device)
             leaf, residual = there[0].detach().requires_grad_(), there[2].detach().requires_grad_()
             y = mine(leaf, residual if sums else None)
-            leaves = [leaf, mine.weight, mine.bias, *[residual] * sums]
+            leaves = [leaf, *mine.parameters(), *[residual] * sums]
             found = [t.cpu() for t in torch.autograd.grad(y, leaves, there[1])]
             right = activated(
-                x, r if sums else None, module.weight, module.bias, g, activation, given=y.detach().cpu(),
-                training=training, eps=module.eps, **running,
+                x, r if sums else None, norm.weight, norm.bias, g, activation, given=y.detach().cpu(),
+                training=training, eps=norm.eps, **running,
             )  # fmt: skip
             assert_within(y.detach().cpu(), right.output, right.output_tolerance, "output")
             assert_within(found[0], right.norm.grad_input, right.grad_input_tolerance(), "grad input")

@@ -155,6 +155,15 @@ def module_for(cls: type[nn.BatchNorm1d], channels: int, device: str = "cpu", **
     return module
 
 
+def act_module_for(
+    channels: int, device: str = "cpu", activation: str | None = "relu", negative_slope: float = 0.01, **options: Any
+) -> bn_ext.BatchNormAct1d:
+    """A batch norm in module_for's state with an activation behind it."""
+    module = bn_ext.BatchNormAct1d(1, activation, negative_slope)
+    module.norm = module_for(bn_ext.FusedBatchNorm1d, channels, device, **options)
+    return module
+
+
 def pair(channels: int, device: str = "cpu", **options: Any) -> tuple[nn.BatchNorm1d, nn.BatchNorm1d]:
     """(ours, native) in the same state."""
     return (

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bn_ext
-from support import OPTIONS, SHAPES, OpLog, module_for, normal, pair, step
+from support import OPTIONS, SHAPES, OpLog, act_module_for, module_for, normal, pair, step
 from test_compile import needs_compiler
 
 pytestmark = [
@@ -163,7 +163,7 @@ def test_onnx_has_the_standard_operator(
 def test_onnx_of_what_follows(device: str, exporter: Callable[[nn.Module, Tensor], bytes]) -> None:
     """A fused activation becomes the standard operators one after the other."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    module = module_for(FUSED, 5, device, activation="relu").eval()
+    module = act_module_for(5, device).eval()
     data = exporter(nn.Sequential(module).eval(), normal((6, 5), device=device))
     graph = onnx.load_from_string(data).graph
     assert [node.op_type for node in graph.node if node.op_type != "Identity"] == ["BatchNormalization", "Relu"]

@@ -11,33 +11,38 @@ from torch import Tensor, nn
 import bn_ext
 from reference import assert_within, ulp
 from reference_activated import ACTIVATIONS, FORMULA_ULP, SLOPE, activated, value_and_derivative
-from support import FLOATS, LAYOUTS, OpLog, module_for, name_of, normal
+from support import FLOATS, LAYOUTS, OpLog, act_module_for, name_of, normal
 
-FUSED = bn_ext.FusedBatchNorm1d
 F32, F64 = torch.float32, torch.float64
 # rows of channels: folded, ragged, wider than a block; planes: short runs, runs of several pieces; by span
 SHAPES = ((6, 5), (67, 3), (40, 1001), (9, 5, 70), (2, 3, 2100), (7, 6, 9))
 
 
+NAMES: dict[type[nn.Module], str | None] = {
+    nn.Identity: None, nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.GELU: "gelu",
+}  # fmt: skip
+
+
 def check(
-    module: nn.BatchNorm1d, x: Tensor, residual: Tensor | None, grad_output: Tensor, names: str = "xrwb"
+    module: bn_ext.BatchNormAct1d, x: Tensor, residual: Tensor | None, grad_output: Tensor, names: str = "xrwb"
 ) -> tuple[Tensor, ...]:
     """Run one step, hold every tensor of it to the reference, and return output and gradients. names: what requires a
     gradient, of x, residual, weight and bias."""
-    running = {"running_mean": module.running_mean.clone(), "running_var": module.running_var.clone()}
+    norm = module.norm
+    running = {"running_mean": norm.running_mean.clone(), "running_var": norm.running_var.clone()}
     x = x.detach().requires_grad_("x" in names)
     residual = None if residual is None else residual.detach().requires_grad_("r" in names)
-    for name, parameter in (("w", module.weight), ("b", module.bias)):
+    for name, parameter in (("w", norm.weight), ("b", norm.bias)):
         if parameter is not None:
             parameter.requires_grad_(name in names)
     y = module(x) if residual is None else module(x, residual)
     assert y.dtype == x.dtype and y.shape == x.shape
     right = activated(
-        x, residual, module.weight, module.bias, grad_output, module.activation, given=y, training=module.training,
-        eps=module.eps, **running,
+        x, residual, norm.weight, norm.bias, grad_output, NAMES[type(module.act)], given=y, training=module.training,
+        eps=norm.eps, **running,
     )  # fmt: skip
     assert_within(y, right.output, right.output_tolerance, "output")
-    wanted = {"x": x, "r": residual, "w": module.weight, "b": module.bias}
+    wanted = {"x": x, "r": residual, "w": norm.weight, "b": norm.bias}
     wanted = {k: v for k, v in wanted.items() if v is not None and v.requires_grad}
     grads = dict(zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), grad_output), strict=True))
     for key, grad in grads.items():
@@ -53,9 +58,8 @@ def check(
     return y.detach(), *grads.values()
 
 
-def module_of(channels: int, device: str, dtype: torch.dtype, activation: str | None, **options: Any) -> FUSED:
-    parameters = F64 if dtype == F64 else F32
-    return module_for(FUSED, channels, device, activation=activation, negative_slope=SLOPE, dtype=parameters, **options)
+def module_of(channels: int, device: str, dtype: torch.dtype, activation: str | None) -> bn_ext.BatchNormAct1d:
+    return act_module_for(channels, device, activation, SLOPE, dtype=F64 if dtype == F64 else F32)
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, device: str, with_residual: bool) -> list[Any]:
@@ -143,8 +147,8 @@ def test_not_finite_and_zero(device: str, activation: str | None, dtype: torch.d
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 3.0], dtype=dtype, device=device)
     x = values[:, None].repeat(1, 3)
     residual = values.roll(3)[:, None].repeat(1, 3) if with_residual else None
-    module = FUSED(3, activation=activation, negative_slope=SLOPE, eps=0.25, device=device).eval()
-    module.running_var.fill_(0.75)  # bn(x) = x
+    module = bn_ext.BatchNormAct1d(3, activation, SLOPE, eps=0.25, device=device).eval()
+    module.norm.running_var.fill_(0.75)  # bn(x) = x
     native = nn.BatchNorm1d(3, eps=0.25, device=device).eval().double()
     native.running_var.fill_(0.75)
     results = []
@@ -173,7 +177,7 @@ def test_gradient_of_relu_at_zero_and_of_infinite_gradients(device: str) -> None
     """0, not 0 * inf = NaN, where relu blocks; with the mask and without."""
     for residual in (None, torch.zeros(4, 2, device=device)):
         x = torch.tensor([[-1.0, 0.0]] * 4, device=device, requires_grad=True)
-        module = FUSED(2, activation="relu", device=device).eval()
+        module = bn_ext.BatchNormAct1d(2, device=device).eval()
         module(x, residual).backward(torch.full((4, 2), torch.inf, device=device))
         assert torch.equal(x.grad, torch.zeros_like(x))
 
@@ -190,7 +194,7 @@ def test_every_number_of_threads_gives_the_same_bits(activation: str | None, dty
             torch.set_num_threads(threads)
             x, residual, _ = (t.clone().requires_grad_() for t in operands)
             y = module(x, residual)
-            grads = torch.autograd.grad(y, (x, residual, module.weight, module.bias), operands[2])
+            grads = torch.autograd.grad(y, (x, residual, *module.parameters()), operands[2])
             runs.append([y.detach(), *grads])
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
@@ -212,10 +216,10 @@ def test_the_mask_is_the_sign_of_every_element() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_batches(device: str, training: bool) -> None:
     x = torch.empty(0, 4, device=device, requires_grad=True)
-    module = FUSED(4, activation="relu", device=device).train(training)
+    module = bn_ext.BatchNormAct1d(4, device=device).train(training)
     module(x, torch.empty(0, 4, device=device)).sum().backward()
-    assert x.grad.shape == (0, 4) and torch.equal(module.weight.grad, torch.zeros(4, device=device))
-    assert int(module.num_batches_tracked) == training
+    assert x.grad.shape == (0, 4) and torch.equal(module.norm.weight.grad, torch.zeros(4, device=device))
+    assert int(module.norm.num_batches_tracked) == training
 
 
 # Outputs of more than 8 MiB are streamed, from the first aligned element of each ragged row or run on; rows wider than

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.autograd import forward_ad
 
 import bn_ext
 from reference_activated import ACTIVATIONS, SLOPE
-from support import FLOATS, LAYOUTS, OpLog, error_of, module_for, name_of, normal
+from support import FLOATS, LAYOUTS, OpLog, act_module_for, error_of, module_for, name_of, normal
 
 FUSED, NATIVE = bn_ext.FusedBatchNorm1d, nn.BatchNorm1d
 F32, F64 = torch.float32, torch.float64
@@ -25,9 +24,9 @@ TORCH: dict[str | None, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def pair_of(activation: str | None, device: str, **options: Any) -> tuple[nn.BatchNorm1d, Callable[..., Tensor]]:
+def pair_of(activation: str | None, device: str, **options: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
     """(ours, a call of the same in torch's own operations with a batch norm in the same state), in float64."""
-    mine = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE, dtype=F64, **options)
+    mine = act_module_for(4, device, activation, SLOPE, dtype=F64, **options)
     native = module_for(NATIVE, 4, device, dtype=F64, **options)
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -43,15 +42,14 @@ def pair_of(activation: str | None, device: str, **options: Any) -> tuple[nn.Bat
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_first_and_second_derivatives(device: str, activation: str | None, with_residual: bool, training: bool) -> None:
     for shape in ((5, 3), (3, 2, 4)):
-        module = module_for(FUSED, shape[1], device, activation=activation, negative_slope=SLOPE, dtype=F64)
-        module.train(training)
+        module = act_module_for(shape[1], device, activation, SLOPE, dtype=F64).train(training)
 
         def call(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor, module: nn.Module = module) -> Tensor:
             arguments = (x, *residual)
-            return torch.func.functional_call(module, {"weight": weight, "bias": bias}, arguments)
+            return torch.func.functional_call(module, {"norm.weight": weight, "norm.bias": bias}, arguments)
 
         residual = (normal(shape, F64, device, seed=3),) if with_residual else ()
-        leaves = [normal(shape, F64, device), module.weight.detach(), module.bias.detach(), *residual]
+        leaves = [normal(shape, F64, device), *(p.detach() for p in module.parameters()), *residual]
         leaves = [t.clone().requires_grad_() for t in leaves]
         assert torch.autograd.gradcheck(call, leaves)
         assert torch.autograd.gradgradcheck(call, leaves)
@@ -83,7 +81,7 @@ def test_what_is_kept_for_backward(device: str, activation: str | None, with_res
     shape, channels = (64, 8, 50), 8
     x = normal(shape, device=device).requires_grad_()
     residual = normal(shape, device=device, seed=1) if with_residual else None
-    module = FUSED(channels, activation=activation, device=device).train(training)
+    module = bn_ext.BatchNormAct1d(channels, activation, device=device).train(training)
     with Kept() as kept:
         module(x, residual)
     large = [t for t in kept.tensors if t.numel() >= x.numel()]
@@ -98,78 +96,70 @@ def test_what_is_kept_for_backward(device: str, activation: str | None, with_res
     assert small <= 8 * channels  # saved (6, C), weight, bias
 
 
+def functional_of(norm: nn.BatchNorm1d, **after: Any) -> Callable[..., Tensor]:
+    """The functional form in the place of norm, with what follows it."""
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        state = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return bn_ext.functional.batch_norm(x, *state, norm.training, residual=residual, **after)
+
+    return call
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced_last", "misaligned"])
 def test_in_place_in_evaluation(device: str, layout: str, activation: str | None) -> None:
     for with_residual in (False, True):
         x = LAYOUTS[layout](normal((6, 4, 9), device=device))
         residual = normal((6, 4, 9), device=device, seed=1) if with_residual else None
-        module = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE).eval()
+        norm = module_for(FUSED, 4, device).eval()
+        after = {"activation": activation, "negative_slope": SLOPE}
         with torch.no_grad():
-            right = module(x.clone(memory_format=torch.preserve_format), residual)
-            module.inplace = True
+            right = functional_of(norm, **after)(x.clone(memory_format=torch.preserve_format), residual)
             version = x._version
-            result = module(x, residual)
+            result = functional_of(norm, **after, inplace=True)(x, residual)
         assert result is x and torch.equal(x, right) and x._version > version
-        frozen = module_for(FUSED, 4, device, activation=activation, inplace=True).eval().requires_grad_(False)
         again = x.clone()
+        frozen = functional_of(norm.requires_grad_(False), activation=activation, inplace=True)
         assert frozen(again) is again  # autograd has nothing to do with it
-        assert bn_ext.functional.batch_norm(
-            again, frozen.running_mean, frozen.running_var, activation=activation, inplace=True
-        ) is again  # fmt: skip
 
 
 def test_in_place_is_refused_where_the_input_is_needed(device: str) -> None:
     x, residual = normal((6, 4), device=device), normal((6, 4), device=device).requires_grad_()
     before = x.clone()
-    module = FUSED(4, activation="relu", inplace=True, device=device)
-    for call, words in (
-        (lambda: module(x), "for evaluation"),
-        (lambda: module.eval()(x), "autograd would need"),
-        (lambda: module.requires_grad_(False)(x, residual), "autograd would need"),
+    norm = FUSED(4, device=device)
+    call = functional_of(norm, activation="relu", inplace=True)
+    for attempt, words in (
+        (lambda: call(x), "for evaluation"),
+        (lambda: norm.eval() and call(x), "autograd would need"),
+        (lambda: norm.requires_grad_(False) and call(x, residual), "autograd would need"),
         (lambda: ops.batch_norm_act_inference_(
-            x, residual, None, None, module.running_mean, module.running_var, 1e-5, "relu", 0.0
+            x, residual, None, None, norm.running_mean, norm.running_var, 1e-5, "relu", 0.0
         ), "autograd would need"),
     ):  # fmt: skip
-        error = error_of(call)
+        error = error_of(attempt)
         assert error is not None and error[0] is RuntimeError and words in error[1]
-    assert torch.equal(x, before) and int(module.num_batches_tracked) == 0
+    assert torch.equal(x, before) and torch.equal(norm.running_mean, torch.zeros(4, device=device))
     with torch.no_grad():
-        assert error_of(lambda: module(x[:1].expand(6, 4)))[0] is RuntimeError  # elements that share memory
+        assert error_of(lambda: call(x[:1].expand(6, 4)))[0] is RuntimeError  # elements that share memory
         held = torch.ones(6, 4, device=device, requires_grad=True)
     product = held * x  # autograd keeps x
     with torch.no_grad():
-        module(x)
+        call(x)
     assert "modified by an inplace operation" in error_of(lambda: product.sum().backward())[1]
-
-
-def test_options(device: str) -> None:
-    for cls in (FUSED, bn_ext.LazyFusedBatchNorm1d):
-        size = (4,) if cls is FUSED else ()
-        assert error_of(lambda c=cls, s=size: c(*s, activation="tanh"))[0] is ValueError
-        module = cls(*size, activation="leaky_relu", negative_slope=0.3, device=device)
-        assert "activation=leaky_relu, negative_slope=0.3" in repr(module) and "inplace" not in repr(module)
-        assert "activation" not in repr(cls(*size)) and repr(cls(*size, inplace=True)).endswith("inplace=True)")
-        x = normal((6, 4), device=device)
-        y = module(x)
-        for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert (same.activation, same.negative_slope) == ("leaky_relu", 0.3) and torch.equal(same(x), y)
-    assert not {"activation", "negative_slope", "inplace"} & set(vars(FUSED(4)))
-    assert FUSED(4, activation="relu").state_dict().keys() == NATIVE(4).state_dict().keys()
-    assert (
-        error_of(lambda: bn_ext.functional.batch_norm(x, None, None, training=True, activation="elu"))[0] is ValueError
-    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_functional_form_is_the_module(device: str, activation: str | None) -> None:
-    module = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE)
+    module = act_module_for(4, device, activation, SLOPE)
     x, residual = normal((6, 4, 3), device=device), normal((6, 4, 3), device=device, seed=1)
-    state = [t.clone() for t in (module.running_mean, module.running_var)]
+    state = [t.clone() for t in (module.norm.running_mean, module.norm.running_var)]
     y = bn_ext.functional.batch_norm(
-        x, *state, module.weight, module.bias, True, residual=residual, activation=activation, negative_slope=SLOPE
+        x, *state, *module.parameters(), True, residual=residual, activation=activation, negative_slope=SLOPE
     )
-    assert torch.equal(y, module(x, residual)) and torch.equal(state[0], module.running_mean)
+    assert torch.equal(y, module(x, residual)) and torch.equal(state[0], module.norm.running_mean)
+    unknown = error_of(lambda: bn_ext.functional.batch_norm(x, None, None, training=True, activation="elu"))
+    assert unknown is not None and unknown[0] is ValueError
 
 
 FALLBACKS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
@@ -198,11 +188,13 @@ def test_forward_mode(device: str) -> None:
 
 
 def test_a_residual_that_cannot_be_added_changes_nothing(device: str) -> None:
-    module = FUSED(4, activation="relu", device=device)
+    module = bn_ext.BatchNormAct1d(4, device=device)
+    norm = module.norm
     x = normal((6, 4), device=device)
-    for residual in (torch.ones(5, 4, device=device), torch.ones(6, 3, device=device)):
-        assert error_of(lambda r=residual: module(x, r))[0] is RuntimeError
-    assert int(module.num_batches_tracked) == 0 and torch.equal(module.running_var, torch.ones(4, device=device))
+    for call in (module, functional_of(norm, activation="relu")):
+        for residual in (torch.ones(5, 4, device=device), torch.ones(6, 3, device=device)):
+            assert error_of(lambda c=call, r=residual: c(x, r))[0] is RuntimeError
+    assert int(norm.num_batches_tracked) == 0 and torch.equal(norm.running_var, torch.ones(4, device=device))
 
 
 def samples(dtype: torch.dtype, device: str, activation: str, layout: str) -> dict[str, tuple[tuple[Any, ...], ...]]:
@@ -247,7 +239,7 @@ def test_opcheck(device: str, activation: str, operator: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_in_one_graph(device: str, activation: str | None, training: bool) -> None:
     torch._dynamo.reset()
-    eager = module_for(FUSED, 4, device, activation=activation, negative_slope=SLOPE).train(training)
+    eager = act_module_for(4, device, activation, SLOPE).train(training)
     traced = copy.deepcopy(eager)
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     operands = [normal((6, 4, 5), device=device, seed=k) for k in range(3)]
@@ -255,18 +247,18 @@ def test_compiled_in_one_graph(device: str, activation: str | None, training: bo
     for call, module in ((eager, eager), (compiled, traced)):
         x, residual = (t.clone().requires_grad_() for t in operands[:2])
         y = call(x, residual)
-        grads = torch.autograd.grad(y, (x, residual, module.weight, module.bias), operands[2])
+        grads = torch.autograd.grad(y, (x, residual, *module.parameters()), operands[2])
         results.append([y.detach(), *grads, *module.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    traced.eval().inplace = True
+    call = functional_of(eager.norm.eval(), activation=activation, inplace=True)
     with torch.no_grad():
         x = operands[0].clone()
-        assert torch.equal(torch.compile(traced, fullgraph=True, backend="aot_eager")(x), x)
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), x)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 def test_autocast_leaves_types_as_batch_norm_does(device: str, dtype: torch.dtype) -> None:
-    module = FUSED(4, activation="gelu", device=device, dtype=F64 if dtype == F64 else F32)
+    module = bn_ext.BatchNormAct1d(4, "gelu", device=device, dtype=F64 if dtype == F64 else F32)
     x = normal((6, 4), dtype, device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16), OpLog() as log:
         y = module(x, x)

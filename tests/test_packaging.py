@@ -285,7 +285,8 @@ def test_wheel_from_source_distribution(tmp_path: Path) -> None:
         names = set(packed_wheel.namelist())
         packed_wheel.extractall(tmp_path / "target")
     own = {name for name in names if not re.match(r"bn_ext-[^/]+\.dist-info/", name)}
-    modules = {f"bn_ext/{p.name}" for p in PACKAGE.iterdir() if p.suffix in (".py", ".pyi", ".typed")}
+    files = (p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".pyi", ".typed"))
+    modules = {f"bn_ext/{p.relative_to(PACKAGE).as_posix()}" for p in files}
     (library,) = (name for name in own if name.endswith(".so"))
     assert own == modules | {library, "bn_ext/_build.json", "bn_ext/py.typed"}
     target = tmp_path / "target" / "bn_ext"

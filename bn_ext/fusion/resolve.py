@@ -1,0 +1,166 @@
+"""Which objects an expression of a method can be, on one module as it is now.
+
+It is used to find the batch norms that a call may mean, and to say what follows them. It runs no code of the user's:
+properties, methods and functions are not called. What it misses is not fused; what it takes for a batch norm and is
+none is called as ever.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from typing import Any
+
+from torch import nn
+
+_MANY = 10_000  # objects that an expression can be; more are of no use to anybody
+
+
+class Names:
+    """What the names of a method can be bound to: parameters, local variables by all their assignments, globals."""
+
+    def __init__(self, module: nn.Module | None, function: types.FunctionType, tree: ast.FunctionDef) -> None:
+        self.module = module
+        arguments = [*tree.args.posonlyargs, *tree.args.args]
+        self.self_name = arguments[0].arg if arguments else None
+        self.outer = inspect.getclosurevars(function) if function.__closure__ else None
+        self.function = function
+        self.bindings: dict[
+            str, list[tuple[ast.expr, bool]]
+        ] = {}  # name -> (expression, whether it is an element of it)
+        self.unknown: set[str] = {a.arg for a in (*arguments[1:], *tree.args.kwonlyargs)}
+        self._busy: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    self._bind(target, node.value)
+            elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+                self._bind(node.target, node.value)
+            elif isinstance(node, (ast.For, ast.comprehension)):
+                self._bind_element(node.target, node.iter)
+
+    def _bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Name):
+            self.bindings.setdefault(target.id, []).append((value, False))
+        elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)):
+            for one, part in zip(target.elts, value.elts):  # noqa: B905 (a star leaves the rest unknown)
+                self._bind(one, part)
+
+    def _bind_element(self, target: ast.expr, iterated: ast.expr) -> None:
+        """Bind the target of a loop over an expression: zip, enumerate, reversed, items and values are seen through."""
+        name = ""
+        if isinstance(iterated, ast.Call):
+            callee = iterated.func
+            name = getattr(callee, "id", "") or getattr(callee, "attr", "")
+        elements = target.elts if isinstance(target, ast.Tuple) else []
+        arguments = iterated.args if isinstance(iterated, ast.Call) else []
+        if name == "zip" and len(elements) == len(arguments):
+            for one, part in zip(elements, arguments, strict=True):
+                self._bind_element(one, part)
+        elif name == "enumerate" and len(elements) == 2 and arguments:
+            self._bind_element(elements[1], arguments[0])
+        elif name in ("reversed", "list", "tuple", "iter") and len(arguments) == 1:
+            self._bind_element(target, arguments[0])
+        elif name in ("items", "named_children") and isinstance(iterated, ast.Call) and len(elements) == 2:
+            if isinstance(iterated.func, ast.Attribute):
+                self._bind_element(elements[1], iterated.func.value)
+        elif name in ("values", "children") and isinstance(iterated, ast.Call):
+            if isinstance(iterated.func, ast.Attribute):
+                self._bind_element(target, iterated.func.value)
+        elif isinstance(target, ast.Name):
+            self.bindings.setdefault(target.id, []).append((iterated, True))
+
+    def values(self, node: ast.expr) -> list[Any]:
+        """Return the objects that node can be, as far as they can be told."""
+        found: list[Any] = []
+        if isinstance(node, ast.Name):
+            found = self._of_name(node.id)
+        elif isinstance(node, ast.Attribute):
+            found = [v for base in self.values(node.value) for v in attribute(base, node.attr)]
+        elif isinstance(node, ast.Subscript):
+            for base in self.values(node.value):
+                found += _items(base, node.slice)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
+            for base in self.values(node.args[0]):
+                name = node.args[1] if len(node.args) > 1 else None
+                if isinstance(name, ast.Constant):
+                    found += attribute(base, str(name.value))
+                elif isinstance(base, nn.Module):
+                    found += [m for m in base._modules.values() if m is not None]
+        elif isinstance(node, ast.IfExp):
+            found = self.values(node.body) + self.values(node.orelse)
+        elif isinstance(node, (ast.List, ast.Tuple)):
+            found = [[v for element in node.elts for v in self.values(element)]]
+        elif isinstance(node, ast.Constant):
+            found = [node.value]
+        return found[:_MANY]
+
+    def _of_name(self, name: str) -> list[Any]:
+        if name == self.self_name:
+            return [] if self.module is None else [self.module]
+        if name in self.bindings:
+            if name in self._busy:  # x = f(x)
+                return []
+            self._busy.add(name)
+            found = []
+            for value, element in self.bindings[name]:
+                for object in self.values(value):
+                    found += elements_of(object) if element else [object]
+            self._busy.discard(name)
+            return found
+        if name in self.unknown:
+            return []
+        if self.outer is not None and name in self.outer.nonlocals:
+            return [self.outer.nonlocals[name]]
+        return [self.function.__globals__[name]] if name in self.function.__globals__ else []
+
+
+def attribute(base: Any, name: str) -> list[Any]:
+    """Return [base.name] where reading it runs no code of the user's, else []."""
+    if isinstance(base, nn.Module):
+        for kept in (vars(base), base._modules, base._parameters, base._buffers):
+            if name in kept:
+                return [kept[name]]
+        found = inspect.getattr_static(type(base), name, None)
+        return [] if found is None or hasattr(type(found), "__get__") else [found]
+    if isinstance(base, types.ModuleType):
+        return [vars(base)[name]] if name in vars(base) else []
+    return []
+
+
+def elements_of(base: Any) -> list[Any]:
+    """Return what a loop over base can give, for the containers that hold modules."""
+    if isinstance(base, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+        return [m for m in base._modules.values() if m is not None]
+    if isinstance(base, dict):
+        return list(base.values())
+    return list(base) if isinstance(base, (list, tuple)) else []
+
+
+def _items(base: Any, index: ast.expr) -> list[Any]:
+    """Return what base[index] can be."""
+    elements = elements_of(base)
+    if isinstance(index, ast.Slice):
+        return [elements]
+    try:
+        constant = ast.literal_eval(index)
+    except ValueError:
+        return elements
+    try:
+        if isinstance(base, (nn.ModuleDict, dict)):
+            return [base[constant]]
+        return [elements[constant]]
+    except (KeyError, IndexError, TypeError):
+        return []
+
+
+def plain_attribute(kind: type, name: str) -> bool:
+    """Return whether reading name of an instance of kind, an nn.Module's class, runs no code of the user's."""
+    own: Any = kind
+    if own.__getattribute__ is not object.__getattribute__ or own.__getattr__ is not nn.Module.__getattr__:
+        return False
+    return not hasattr(type(inspect.getattr_static(kind, name, None)), "__get__")
+
+
+__all__ = ["Names", "attribute", "elements_of", "plain_attribute"]

@@ -1,0 +1,322 @@
+"""From the chains of a method to the method that fuses: the calls become calls of pairing.py, all else stays as it is.
+
+    self.relu(self.bn1(x))                     pair(self.relu, self.bn1, x)
+    F.relu(self.bn2(x) + identity)             act(F.relu, add(plus, begin(self.bn2, x), identity))
+    self.bn3(x) + identity                     finish(add(plus, begin(self.bn3, x), identity))
+
+The order of evaluation is the source's. A method that its class has replaced since, or whose code has changed, is
+called in the place of what was made from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
+from . import pairing, waiting
+from .chains import Body, Chain, text_of
+from .pairing import ACTIVATION_METHODS, ADDITION_METHODS
+from .resolve import Names
+from .source import Method, Unreadable
+
+NORMS = (FusedBatchNorm1d, LazyFusedBatchNorm1d)  # exactly these: a subclass has a forward of its own
+
+# What is done about a method: for each call of a batch norm, its number among the calls of the method's source and
+# whether the activation behind it belongs to it.
+Sites = tuple[tuple[int, bool], ...]
+
+_HELPERS: dict[str, Any] = {
+    "__bn_ext_pair__": pairing.pair, "__bn_ext_begin__": pairing.begin, "__bn_ext_wait__": waiting.wait,
+    "__bn_ext_act__": pairing.act, "__bn_ext_act_method__": pairing.act_method, "__bn_ext_add__": pairing.add,
+    "__bn_ext_add_method__": pairing.add_method, "__bn_ext_finish__": pairing.finish,
+    "__bn_ext_plus__": operator.add, "__bn_ext_iplus__": operator.iadd,
+}  # fmt: skip
+
+
+def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
+    """Return the plain methods that instances of kind have from the classes below nn.Module, by name."""
+    found: dict[str, Any] = {}
+    for cls in kind.__mro__:
+        if cls is nn.Module:
+            break
+        for name, value in vars(cls).items():
+            if name not in found:
+                found[name] = value
+    dunder = ("__init__", "__call__", "__getattr__", "__setattr__")
+    return {n: f for n, f in found.items() if isinstance(f, types.FunctionType) and n not in dunder}
+
+
+def calls_of(tree: ast.AST) -> list[ast.Call]:
+    """Return the calls of one positional argument, which a batch norm's may be."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [c for c in calls if len(c.args) == 1 and not c.keywords and not isinstance(c.args[0], ast.Starred)]
+
+
+def _generates(tree: ast.FunctionDef) -> bool:
+    """Return whether the method is a generator (or holds one: those are rare, and left alone with it)."""
+    return any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(tree))
+
+
+def _resolve_claims(chains: list[Chain]) -> None:
+    """Let every addition and activation belong to one batch norm: to that which need not wait for other calls."""
+    taken: set[ast.AST] = set()
+    for chain in sorted(chains, key=lambda c: (len(c.paths), -c.call.lineno, -c.call.col_offset)):
+        parts = {part for part in (chain.add, chain.act) if part is not None}
+        if parts & taken:
+            chain.add = chain.act = None
+            chain.reason = "the addition is part of another batch norm's"
+        taken |= parts
+
+
+# ---- what a method has ----
+
+
+@dataclass
+class Place:
+    """One call in a method that can be that of batch norms: which, what is computed there, and why not more."""
+
+    method: Method
+    chain: Chain
+    norms: list[FusedBatchNorm1d]
+    activations: list[Any]  # (function, arguments, options) of what can follow it
+
+    @property
+    def line(self) -> int:
+        return self.chain.call.lineno
+
+    @property
+    def number(self) -> int:
+        """Which of the method's calls it is."""
+        return calls_of(self.method.tree).index(self.chain.call)
+
+
+def places_of(module: nn.Module, kind: type[nn.Module]) -> tuple[dict[str, list[Place]], dict[str, str]]:
+    """Return the places in the methods of module, whose class is kind, and why other methods could not be read."""
+    places: dict[str, list[Place]] = {}
+    unreadable: dict[str, str] = {}
+    roots = {n for n, m in module._modules.items() if m is not None and _holds_norm(m)}
+    for name, function in methods_of(kind).items():
+        if not (roots | _DYNAMIC) & _names_in(function.__code__):
+            continue
+        try:
+            method = Method(function)
+            if _generates(method.tree):
+                raise Unreadable("it is a generator")
+        except Unreadable as error:
+            unreadable[name] = f"{kind.__name__}.{name} is left alone: {error}"
+            continue
+        found = _places_in(module, kind, method)
+        if found:
+            places[name] = found
+    return places, unreadable
+
+
+# How a method can reach a module without naming it.
+_DYNAMIC = {"getattr", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule"}
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+def _holds_norm(module: nn.Module) -> bool:
+    return any(type(m) in NORMS for m in module.modules())
+
+
+def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list[Place]:
+    names = Names(module, method.function, method.tree)
+    called = {c: [v for v in names.values(c.func) if type(v) in NORMS] for c in calls_of(method.tree)}
+    called = {call: norms for call, norms in called.items() if norms}
+    if not called:
+        return []
+    body = _body(method, kind)
+    places = []
+    for call, norms in called.items():
+        chain = body.follow(call, set(called))
+        activations: list[Any] = []
+        if chain.act is not None:
+            activations = _activations(names, chain.act)
+            if not activations:
+                chain.reason = "" if chain.add is not None else f"{text_of(chain.act)} follows, which is none of ours"
+                chain.act = None
+        unique = list({id(norm): norm for norm in norms}.values())
+        places.append(Place(method, chain, unique, activations))
+    _resolve_claims([place.chain for place in places])
+    return places
+
+
+def _body(method: Method, kind: type[nn.Module], tree: ast.FunctionDef | None = None) -> Body:
+    """Return the body of a method; names are resolved by globals alone, so that it is one for all instances."""
+    tree = method.tree if tree is None else tree
+    return Body(tree, method.function.__code__, kind, Names(None, method.function, tree).values)
+
+
+def _activations(names: Names, act: ast.Call) -> list[Any]:
+    """Return what the call of an activation can be of what is known, with its arguments behind the first."""
+    if isinstance(act.func, ast.Attribute) and act.func.attr in ACTIVATION_METHODS and not act.args:
+        return [(ACTIVATION_METHODS[act.func.attr][0], (), {})]
+    args = tuple(argument.value for argument in act.args[1:] if isinstance(argument, ast.Constant))
+    options = {k.arg: k.value.value for k in act.keywords if isinstance(k.value, ast.Constant)}
+    return [(f, args, options) for f in names.values(act.func) if is_known(f)]
+
+
+def is_known(function: Any) -> bool:
+    """Return whether function is of the kinds that may be an activation, whatever hooks it has now."""
+    if isinstance(function, nn.Module):
+        return type(function) in pairing._ACTIVATION_MODULES
+    return isinstance(function, (types.FunctionType, types.BuiltinFunctionType)) and (
+        function in pairing._ACTIVATION_FUNCTIONS
+    )
+
+
+def sites_of(places: list[Place]) -> Sites:
+    """Return what is to be done about the places of one method."""
+    return tuple(sorted((p.number, p.chain.act is not None) for p in places if p.chain.fuses))
+
+
+# ---- what it becomes ----
+
+
+def rewritten(kind: type[nn.Module], function: types.FunctionType, sites: Sites) -> types.FunctionType | None:
+    """Return the method that fuses at sites, or None where the source is another one than they were made for.
+
+    Raises:
+        Unreadable: there is no source, or it is not what runs.
+    """
+    method = Method(function)
+    tree = copy.deepcopy(method.tree)
+    calls = calls_of(tree)
+    if any(number >= len(calls) for number, _ in sites):
+        return None
+    body = _body(method, kind, tree)
+    chosen = {calls[number] for number, _ in sites}
+    chains = []
+    for number, with_act in sites:
+        chain = body.follow(calls[number], chosen)
+        if not with_act:
+            chain.act = None
+        chains.append(chain)
+    _resolve_claims(chains)
+    edits: dict[ast.AST, Callable[[Any], ast.AST]] = {}
+    for chain in chains:
+        if chain.fuses:
+            _plan(chain, body.self_name, edits)
+    _Editor(edits).visit(tree)
+    documented = ast.get_docstring(tree) is not None
+    tree.body.insert(int(documented), _guard(method.function.__name__, tree.args))
+    original, code, name = method.function, method.function.__code__, _mangled(method)
+
+    def stale() -> bool:
+        return getattr(kind, name, None) is not original or original.__code__ is not code
+
+    helpers = {
+        **_HELPERS,
+        "__bn_ext_class__": kind,
+        "__bn_ext_stale__": torch.compiler.assume_constant_result(stale),
+    }
+    return method.compiled(tree, helpers)
+
+
+def _mangled(method: Method) -> str:
+    name = method.function.__name__
+    private = name.startswith("__") and not name.endswith("__") and method.owner is not None
+    return f"_{(method.owner or '').lstrip('_')}{name}" if private else name
+
+
+def _guard(name: str, arguments: ast.arguments) -> ast.stmt:
+    """if the method is not what it was: return today's, called with the same arguments."""
+    given = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    if arguments.vararg:
+        given.append(f"*{arguments.vararg.arg}")
+    given += [f"{a.arg}={a.arg}" for a in arguments.kwonlyargs]
+    if arguments.kwarg:
+        given.append(f"**{arguments.kwarg.arg}")
+    text = f"if __bn_ext_stale__():\n    return __bn_ext_class__.{name}({', '.join(given)})"
+    return ast.parse(text).body[0]
+
+
+class _Editor(ast.NodeTransformer):
+    """Replaces nodes by what edits make of them, children first."""
+
+    def __init__(self, edits: dict[ast.AST, Callable[[Any], ast.AST]]) -> None:
+        self.edits = edits
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        if node not in self.edits:
+            return node
+        made = ast.copy_location(self.edits[node](node), node)
+        return _located(made, node)
+
+
+def _located(made: ast.AST, at: ast.AST) -> ast.AST:
+    """Give the parts of made that have no place in the source the place of the node that it stands for."""
+    for child in ast.walk(made):
+        if isinstance(child, (ast.expr, ast.stmt)) and not hasattr(child, "lineno"):
+            ast.copy_location(child, at)
+    return made
+
+
+def _call(helper: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
+    return ast.Call(func=_name(f"__bn_ext_{helper}__"), args=list(args), keywords=keywords or [])
+
+
+def _name(name: str) -> ast.Name:
+    return ast.Name(id=name, ctx=ast.Load())
+
+
+def _plan(chain: Chain, self_name: str, edits: dict[ast.AST, Callable[[Any], ast.AST]]) -> None:
+    """Add the edits of one chain."""
+    call, add, act = chain.call, chain.add, chain.act
+    if act is not None and add is None and act.args and act.args[0] is call:
+        edits[act] = lambda n: _call("pair", n.func, call.func, call.args[0], *n.args[1:], keywords=n.keywords)
+        return
+    if chain.paths:
+        paths = ast.Tuple(elts=[ast.Constant(p) for p in dict.fromkeys(chain.paths)], ctx=ast.Load())
+        named = ast.Constant(isinstance(call.args[0], ast.Name))
+        edits[call] = lambda n: _call("wait", n.func, n.args[0], _name(self_name), paths, named)
+    else:
+        edits[call] = lambda n: _call("begin", n.func, n.args[0])
+    if add is not None:
+        last = act is None
+        edits[add] = lambda n: _added(n, last)
+    if act is not None:
+        edits[act] = _acted
+
+
+def _acted(node: ast.Call) -> ast.AST:
+    if isinstance(node.func, ast.Attribute) and not node.args:
+        return _call("act_method", ast.Constant(node.func.attr), node.func.value)
+    return _call("act", node.func, *node.args, keywords=node.keywords)
+
+
+def _added(node: ast.AST, last: bool) -> ast.AST:
+    def end(made: ast.expr) -> ast.expr:
+        return _call("finish", made) if last else made
+
+    if isinstance(node, ast.AugAssign):
+        assert isinstance(node.target, ast.Name)
+        value = end(_call("add", _name("__bn_ext_iplus__"), _name(node.target.id), node.value))
+        return ast.Assign(targets=[node.target], value=value)
+    if isinstance(node, ast.BinOp):
+        return end(_call("add", _name("__bn_ext_plus__"), node.left, node.right))
+    assert isinstance(node, ast.Call)
+    if isinstance(node.func, ast.Attribute) and len(node.args) == 1 and node.func.attr in ADDITION_METHODS:
+        return end(_call("add_method", ast.Constant(node.func.attr), node.func.value, node.args[0]))
+    return end(_call("add", node.func, *node.args))
+
+
+__all__ = ["Place", "Sites", "places_of", "rewritten", "sites_of"]
