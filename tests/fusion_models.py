@@ -377,6 +377,31 @@ class InStatements(Base):
         return self.fc2(y)
 
 
+@model(2)
+class Annotated(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.bn1(self.fc1(x))
+        r: Tensor = x
+        h: Tensor = h + r  # type: ignore[no-redef]
+        y: Tensor = self.leaky(h)
+        z: Tensor = self.bn2(y)
+        z = self.gelu(z)
+        return z
+
+
+def marked(function: Any) -> Any:
+    """A decorator that gives the function back."""
+    function.mark = True
+    return function
+
+
+@model(1)
+class Marked(Base):
+    @marked
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(x))
+
+
 @model(1)
 class NestedCalls(Base):
     def forward(self, x: Tensor) -> Tensor:
@@ -677,9 +702,9 @@ class WrittenThroughAView(WrittenByAChild):
         return y * x
 
 
-@model(1)
+@model(0)
 class WrittenByAChildOnItsOwn(WrittenByAChild):
-    """The shortcut writes into its own input: that is read at the addition, in both."""
+    """The shortcut writes into its own input, which is no business of the batch norm's; but who can tell."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():

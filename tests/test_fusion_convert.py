@@ -86,7 +86,7 @@ class Reasons(nn.Module):
 
 
 WORDS = (
-    "more than one", "tanh", "not constants", "opaque is called with x", "line", "Block may do anything",
+    "more than one", "tanh", "not constants", "self.opaque is called", "line", "Block may do anything",
     "kept in self.kept", "returned", "no call of it was found",
 )  # fmt: skip
 

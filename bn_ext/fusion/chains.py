@@ -130,8 +130,8 @@ class Body:
         """The same of a statement."""
         if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             return []
-        if isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets):
-            return self._inert(node.value)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(t, ast.Name) for t in _targets(node)):
+            return [] if node.value is None else self._inert(node.value)
         if isinstance(node, ast.If) and self._test(node.test):
             return [path for statement in (*node.body, *node.orelse) for path in self._inert_statement(statement)]
         raise Stop(f"line {node.lineno} runs before its output is read: {text_of(node)}")
@@ -141,11 +141,10 @@ class Body:
     def follow(self, call: ast.Call, norm_calls: set[ast.Call]) -> Chain:
         """Return the chain of a batch norm's call; norm_calls are all of the method's."""
         chain = Chain(call)
-        between: list[ast.AST] = []
         current: ast.expr | ast.AugAssign = call
         try:
             while True:
-                following = self._add(chain, current, between, norm_calls) if chain.add is None else None
+                following = self._add(chain, current, norm_calls) if chain.add is None else None
                 if following is not None:
                     current = chain.add = following
                     continue
@@ -153,11 +152,9 @@ class Body:
                 if act is not None:
                     chain.act = act
                     break
-                current = self._reader(chain, current, between)
+                current = self._reader(chain, current)
         except Stop as stop:
             chain.reason = "" if chain.add is not None else str(stop)
-        if chain.paths and chain.fuses:
-            self._check_input(chain, between)
         return chain
 
     def _act(self, current: ast.expr) -> ast.Call | None:
@@ -174,9 +171,7 @@ class Body:
             raise Stop(f"{text_of(parent)} follows, whose other arguments are not constants")
         return parent
 
-    def _add(
-        self, chain: Chain, current: ast.expr | ast.AugAssign, between: list[ast.AST], norm_calls: set[ast.Call]
-    ) -> ast.expr | None:
+    def _add(self, chain: Chain, current: ast.expr | ast.AugAssign, norm_calls: set[ast.Call]) -> ast.expr | None:
         """Return the addition that current is an operand of, or None; the other operand must be inert."""
         parent = self.parents[current]
         other: ast.expr | None = None
@@ -193,7 +188,6 @@ class Body:
             if other in norm_calls:
                 raise Stop("the addition is part of another batch norm's")
             chain.paths += self._inert(other)
-            between.append(other)
         return found
 
     def _is_torch_add(self, call: ast.Call) -> bool:
@@ -201,39 +195,36 @@ class Body:
 
     # ---- over statements ----
 
-    def _reader(self, chain: Chain, current: ast.expr | ast.AugAssign, between: list[ast.AST]) -> Any:
+    def _reader(self, chain: Chain, current: ast.expr | ast.AugAssign) -> Any:
         """Return where the variable that current is assigned to is read: a Name, or an AugAssign of an addition."""
         statement = current if isinstance(current, ast.AugAssign) else self.parents[current]
         if isinstance(statement, ast.AugAssign) and statement is current:
             name = statement.target.id  # type: ignore[union-attr]
-        elif isinstance(statement, ast.Assign) and len(statement.targets) == 1 and statement.value is current:
-            if not isinstance(statement.targets[0], ast.Name):
-                raise Stop(f"its output is kept in {text_of(statement.targets[0])}")
-            name = statement.targets[0].id
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)) and len(_targets(statement)) == 1:
+            (target,) = _targets(statement)
+            if not isinstance(target, ast.Name):
+                raise Stop(f"its output is kept in {text_of(target)}")
+            name = target.id
         else:
             what = "returned" if isinstance(statement, ast.Return) else f"read by {text_of(statement)}"
             raise Stop(f"its output is {what}")
         if not self._is_fast(name) or self.reads_frames or not self._is_own(statement):
             raise Stop(f"{name} can be seen by other functions")
         block, i = self.blocks[statement]
-        passed: list[ast.AST] = []
         paths: list[str] = []
         for follower in block[i + 1 :]:
             if not _mentions(follower, name):
                 paths += self._inert_statement(follower)
-                passed.append(follower)
                 continue
             reader = self._read_in(follower, name, chain)
             if isinstance(reader, ast.AugAssign):
                 paths += self._inert(reader.value)
-                passed.append(reader.value)
                 chain.add = reader
             elif not self._dead_after(follower, name):
                 raise Stop(f"{name} is read again")
             if paths and chain.add is not None and not isinstance(reader, ast.AugAssign):
                 raise Stop("a call runs between the addition and the activation")
             chain.paths += paths
-            between += passed
             return reader
         raise Stop(f"{name} is not read in the same block of statements")
 
@@ -248,14 +239,12 @@ class Body:
             and not _mentions(statement.value, name)
         ):
             return statement
-        if not isinstance(statement, (ast.Assign, ast.Return, ast.Expr)) or statement.value is None:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)) or statement.value is None:
             raise Stop(f"line {statement.lineno} reads it: {text_of(statement)}")
         loads = [n for n in ast.walk(statement.value) if isinstance(n, ast.Name) and n.id == name]
         if len(loads) != 1:
             raise Stop("its output is read by more than one" if loads else f"{name} is not read")
-        if isinstance(statement, ast.Assign) and any(
-            not isinstance(t, ast.Name) for t in statement.targets if _mentions(t, name)
-        ):
+        if any(not isinstance(t, ast.Name) for t in _targets(statement) if _mentions(t, name)):
             raise Stop(f"line {statement.lineno} reads it: {text_of(statement)}")
         node: ast.AST = loads[0]
         while node is not statement:
@@ -269,7 +258,7 @@ class Body:
         """Return whether the value that name had before statement can not be read after it."""
         if isinstance(statement, ast.Return):
             return True
-        if isinstance(statement, ast.Assign) and name in _names(statement.targets):
+        if name in _names(_targets(statement)):
             return True
         block, i = self.blocks[statement]
         for follower in block[i + 1 :]:
@@ -277,9 +266,8 @@ class Body:
                 if not isinstance(follower, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Return)):
                     break
                 continue
-            if not isinstance(follower, ast.Assign) or _mentions(follower.value, name):
-                return False
-            return _names(follower.targets) == [name]
+            assigned = isinstance(follower, ast.Assign) and not _mentions(follower.value, name)
+            return assigned and _names(_targets(follower)) == [name]
         reads = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name and not _stores(n)]
         return all(self._within(n, statement) for n in reads)
 
@@ -317,14 +305,12 @@ class Body:
                 return True
         return False
 
-    def _check_input(self, chain: Chain, between: list[ast.AST]) -> None:
-        """Where calls run in between, the input must be a temporary or a variable that they are not given."""
-        given = chain.call.args[0]
-        if isinstance(given, ast.Name) and (
-            not self._is_fast(given.id) or any(_mentions(b, given.id) for b in between)
-        ):
-            chain.add = chain.act = None
-            chain.reason = f"{chain.paths[0]} is called with {given.id}, its input, before its output is read"
+
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    """Return what a statement assigns its value to."""
+    if isinstance(statement, ast.AnnAssign):
+        return [statement.target]
+    return statement.targets if isinstance(statement, ast.Assign) else []
 
 
 def _names(targets: list[ast.expr]) -> list[str]:
@@ -353,7 +339,10 @@ def _evaluated_before(parent: ast.AST, child: ast.AST) -> Iterator[ast.expr]:
         parts = [parent.left, parent.right]
     elif isinstance(parent, (ast.Tuple, ast.List)):
         parts = [*parent.elts]
-    elif isinstance(parent, (ast.Attribute, ast.Return, ast.Assign, ast.Expr, ast.UnaryOp, ast.keyword, ast.Subscript)):
+    elif isinstance(
+        parent,
+        (ast.Attribute, ast.Return, ast.Assign, ast.AnnAssign, ast.Expr, ast.UnaryOp, ast.keyword, ast.Subscript),
+    ):
         parts = [child]
     else:
         raise Stop(f"its output is read by {text_of(parent)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules import LazyFusedBatchNorm1d
@@ -104,6 +105,11 @@ class Analysis:
     def _methods(self, module: nn.Module) -> None:
         kind = original_of(module)
         own = next((k for k in kind.__mro__ if not is_of_torch(k) and "fused_from" not in vars(k)), object)
+        if issubclass(kind, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+            for child in module.modules():
+                if child in self.entries:
+                    why = f"the forward of a {kind.__name__} is generated"
+                    self.entries[child].append(Fusion(self.names[child], self.names[module], "batch norm", why))
         if not issubclass(own, nn.Module) or own is FusedParent:
             return  # a wrapper of torch's: what it wraps calls the batch norms
         places, unreadable = places_of(module, own)

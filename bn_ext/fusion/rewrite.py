@@ -286,8 +286,7 @@ def _plan(chain: Chain, self_name: str, edits: dict[ast.AST, Callable[[Any], ast
         return
     if chain.paths:
         paths = ast.Tuple(elts=[ast.Constant(p) for p in dict.fromkeys(chain.paths)], ctx=ast.Load())
-        named = ast.Constant(isinstance(call.args[0], ast.Name))
-        edits[call] = lambda n: _call("wait", n.func, n.args[0], _name(self_name), paths, named)
+        edits[call] = lambda n: _call("wait", n.func, n.args[0], _name(self_name), paths)
     else:
         edits[call] = lambda n: _call("begin", n.func, n.args[0])
     if add is not None:

@@ -78,8 +78,6 @@ class Method:
             if node.name == code.co_name
             and code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list))
         ]
-        if any(node.decorator_list for node, _ in found):
-            raise Unreadable("it is decorated")
         for node, owner in found:
             self.tree, self.owner = node, owner
             try:
