@@ -31,7 +31,8 @@ def state_of(norm: nn.BatchNorm1d) -> State:
         batches = buffers["num_batches_tracked"]
     except KeyError:
         weight, bias = norm.weight, norm.bias
-        mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        mean, var = norm.running_mean, norm.running_var
+        batches = norm.num_batches_tracked if norm.training else None
     training = norm.training
     if training and not norm.track_running_stats:
         mean = var = batches = None

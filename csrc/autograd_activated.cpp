@@ -133,6 +133,15 @@ ActivatedGradients composite_backward(const Tensor& grad_output, const Tensor& i
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
+// bias with the values that forward had, which are in its coefficients (formulas.h: shift = bias - (what of the mean is
+// not in their mean_hi) * scale), and with the derivatives of what it is.
+Tensor bias_of_forward(const Tensor& bias, const Tensor& saved) {
+  const Tensor now = bias.to(saved.scalar_type());
+  const Tensor rest = saved.select(0, 0) - saved.select(0, 3) + saved.select(0, 1);
+  const Tensor then = saved.select(0, 5) + rest * saved.select(0, 4);
+  return now + (then - now).detach();
+}
+
 // input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and
 // what saved-tensor hooks bring back may be laid out otherwise (save_on_cpu makes everything contiguous).
 Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
@@ -161,13 +170,17 @@ struct Activated : torch::autograd::Function<Activated> {
     const Activation kind = activation_of(activation);
     // The residual is kept, not copied, where backward computes the activation's argument anew.
     const bool keep = has(residual) && kind != Activation::kIdentity && mask.sym_numel() == 0;
+    // The input of batch norm's own gradients, or of the activation's argument; a residual alone needs neither.
+    const bool of_norm = input.requires_grad() || requires_grad(weight) || requires_grad(bias);
     ctx->save_for_backward(
-        {input, keep ? *residual : Tensor(), mask, weight.value_or(Tensor()), bias.value_or(Tensor()), saved});
+        {of_norm || keep ? input : Tensor(), keep ? *residual : Tensor(), mask, weight.value_or(Tensor()), saved});
     ctx->set_materialize_grads(false);
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["slope"] = negative_slope;
+    // Not among the saved variables: backward does not read its values, which may change, as with torch's batch norm.
+    if (has(bias)) ctx->saved_data["bias"] = *bias;
     // Symbolic in a graph that is being traced: what its backward gets has forward's strides.
     const bool by_mask = mask.sym_numel() != 0 && !output.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
     ctx->saved_data["strides"] = by_mask ? output.strides().vec() : std::vector<int64_t>();
@@ -181,10 +194,12 @@ struct Activated : torch::autograd::Function<Activated> {
     variable_list list(kInputs);
     if (!dy.defined()) return list;
     const auto kept = ctx->get_saved_variables();
-    const Tensor &mask = kept[2], &saved = kept[5];
+    const Tensor &mask = kept[2], &saved = kept[4];
     const std::vector<int64_t> strides = ctx->saved_data["strides"].toIntVector();
-    const Tensor x = strides.empty() ? kept[0] : laid_for_mask(kept[0], strides);
-    const OptionalTensor residual = optional(kept[1]), weight = optional(kept[3]), bias = optional(kept[4]);
+    // Where no input was kept, only its shape is asked for.
+    const Tensor& shape = kept[0].defined() ? kept[0] : dy;
+    const Tensor x = strides.empty() ? shape : laid_for_mask(shape, strides);
+    const OptionalTensor residual = optional(kept[1]), weight = optional(kept[3]);
     const bool training = ctx->saved_data["training"].toBool();
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     const double slope = ctx->saved_data["slope"].toDouble();
@@ -192,11 +207,17 @@ struct Activated : torch::autograd::Function<Activated> {
     const std::array<bool, 4> wanted{bool(bits & 1), bool(bits & 2), bool(bits & 4), bool(bits & 8)};
     if (at::GradMode::is_enabled()) {
       const double eps = ctx->saved_data["eps"].toDouble();
+      OptionalTensor bias;
+      if (const auto found = ctx->saved_data.find("bias"); found != ctx->saved_data.end()) {
+        bias = bias_of_forward(found->second.toTensor(), saved);
+      }
       std::tie(list[0], list[1], list[2], list[3]) =
           composite_backward(dy, x, residual, mask, weight, bias, saved, training, eps, activation, slope, wanted);
-    } else if (activation == "identity" && training) {
-      std::tie(list[0], list[2], list[3]) =
-          plain_backward_op().call(dy, x, weight, saved.narrow(0, 0, 3), {wanted[0], wanted[2], wanted[3]});
+    } else if (activation == "identity" && (training || !kept[0].defined())) {
+      if (kept[0].defined()) {
+        std::tie(list[0], list[2], list[3]) =
+            plain_backward_op().call(dy, x, weight, saved.narrow(0, 0, 3), {wanted[0], wanted[2], wanted[3]});
+      }
       list[1] = dy;
     } else {
       std::tie(list[0], list[1], list[2], list[3]) =

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import bn_ext
+import fusion_models
 from support import OpLog, module_for, normal
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -141,9 +142,50 @@ def distributed_tensors(device: str) -> Any:
     return found
 
 
+def fused(device: str) -> Any:
+    """Fused models under what wraps, shards and replicates modules; reverted too, once a tool has changed classes.
+
+    Of each way and form: what training leaves, whether the fused operators ran, and what the classes are at the end.
+    """
+    from torch.distributed._composable.replicate import replicate
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+
+    def shard(model: nn.Sequential) -> nn.Module:
+        for block in model[1:3]:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def shard_norms(model: nn.Sequential) -> nn.Module:
+        fully_shard(model[1].bn1, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    ways = {"shard": shard, "shard_norms": shard_norms, "data_parallel": nn.parallel.DistributedDataParallel}
+    ways["replicate"] = replicate
+    found: dict[str, Any] = {}
+    for name, wrap in ways.items():
+        for form in ("native", "fused", "reverted", "late"):
+            torch.manual_seed(0)
+            blocks = (fusion_models.TorchvisionDown(), fusion_models.Kuangliu())
+            model = nn.Sequential(nn.Linear(6, 4), *blocks, nn.BatchNorm1d(4), nn.SiLU()).to(device, F64)
+            if form in ("fused", "reverted"):
+                bn_ext.convert(model, fuse=True)
+            wrapped = wrap(model)
+            if form == "reverted":
+                bn_ext.revert(model)
+            elif form == "late":
+                bn_ext.convert(model, fuse=True)
+            with OpLog() as log:
+                state = train(wrapped, device)
+            passes = sum("batch_norm_act_forward" in op for op in log.names)
+            found[f"{name} {form}"] = (state, passes, [type(m).__name__ for m in model.modules()])
+    return found
+
+
 # Two processes share the one device there may be, through gloo, which scatters and gathers in a CPU's memory alone.
 ANYWHERE = (data_parallel, data_parallel_own_buffers, data_parallel_compiled, synchronised)
-ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors)
+ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused)
 
 
 def work(rank: int, folder: str, device: str) -> None:
@@ -213,6 +255,20 @@ def test_fully_sharded_training_in_bfloat16() -> None:
             if name == "0.bias":  # zero but for rounding: batch norm takes off any bias before it
                 bound = 16 * torch.finfo(torch.bfloat16).eps * float(native["0.weight"].abs().max())
             torch.testing.assert_close(ours[name], theirs, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_fused_models_in_groups() -> None:
+    for found in results_of(fused, "cpu"):
+        for case, (state, passes, classes) in found.items():
+            way, form = case.split()
+            native = found[f"{way} native"]
+            # The bias before a batch norm has no gradient but rounding: sums of eight values of size one.
+            torch.testing.assert_close(state, native[0], rtol=1e-9, atol=1e-10)
+            # Five a step; three steps. A sharded norm is of another class, and so are blocks once they are sharded.
+            fewest = {"native": 0, "fused": 12, "reverted": 0, "late": 0}[form]
+            assert fewest <= passes <= (15 if form in ("fused", "late") else 0), (case, passes)
+            if form == "reverted" and way != "shard_norms":  # a norm sharded on its own is of a class of torch's
+                assert classes == native[2]
 
 
 def test_sync_batch_norm_takes_over(device: str) -> None:

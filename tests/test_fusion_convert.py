@@ -72,7 +72,7 @@ class Reasons(nn.Module):
         y = self.bns[0](x)
         x = F.relu(y) + y
         x = F.tanh(self.bns[1](x))
-        x = F.leaky_relu(self.bns[2](x), self.slope)
+        x = F.leaky_relu(self.bns[2](x), self.slope * 2)
         y = self.bns[3](x)
         x = self.opaque(x)
         x = F.relu(x + y)
@@ -86,7 +86,7 @@ class Reasons(nn.Module):
 
 
 WORDS = (
-    "more than one", "tanh", "not constants", "self.opaque is called", "line", "Block may do anything",
+    "more than one", "tanh", "no plain values", "self.opaque is called", "line", "Block may do anything",
     "kept in self.kept", "returned", "no call of it was found",
 )  # fmt: skip
 

@@ -70,3 +70,44 @@ def test_gradients_do_not_depend_on_how_saved_tensors_come_back(
         found[way] = [y, *first, *again, *second]
     for mine, right in zip(found[back], found["plain"], strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-11)
+
+
+def test_a_bias_that_changes_between_forward_and_backward(device: str) -> None:
+    """Backward does not read it; second derivatives do, as it was."""
+    x = normal((6, 4), F64, device).requires_grad_()
+    found = []
+    for change in (False, True):
+        w, b = (normal((4,), F64, device, seed=k).requires_grad_() for k in (1, 2))
+        y = batch_norm(x, None, None, w, b, True, activation="silu")
+        if change:
+            with torch.no_grad():
+                b.mul_(-3).add_(1)
+        first = torch.autograd.grad(y.square().sum(), (x, w, b), create_graph=True, retain_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), (x, w, b), retain_graph=True)
+        found.append([*first, *second, *torch.autograd.grad(y.square().sum(), (x, w, b))])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", None])
+def test_an_input_that_no_gradient_needs_may_change(device: str, activation: str | None, training: bool) -> None:
+    """Only the residual has a gradient, as over a frozen batch norm: it is that of what follows alone."""
+    w, b = normal((4,), F64, device, seed=1), normal((4,), F64, device, seed=2)
+    found = []
+    for layout in ("contiguous", "permuted"):
+        x = LAYOUTS[layout](normal((6, 4, 5), F64, device))
+        r = normal((6, 4, 5), F64, device, seed=3).requires_grad_()
+        y = batch_norm(
+            x, torch.zeros_like(w), torch.ones_like(w), w, b, training, residual=r, activation=activation,
+            negative_slope=0.3,
+        )  # fmt: skip
+        x.zero_()
+        once = torch.autograd.grad(y, r, normal((6, 4, 5), F64, device, seed=4), retain_graph=True)[0]
+        again = torch.autograd.grad(y, r, normal((6, 4, 5), F64, device, seed=4), create_graph=True)[0]
+        slope = {"relu": 0.0, "leaky_relu": 0.3, None: 1.0}[activation]
+        expected = torch.where(y > 0, 1.0, slope) * normal((6, 4, 5), F64, device, seed=4)
+        torch.testing.assert_close(once, expected)
+        torch.testing.assert_close(again, expected)
+        found.append(once)
+    torch.testing.assert_close(*found)

@@ -9,7 +9,8 @@ A chain is found in one expression, act(norm(x)) or act(norm(x) + r), or over st
     out = self.relu(out)                    the activation: all is computed here
 
 Everything else ends it, with a reason. Between the call and the computation nothing may run that could write what the
-batch norm reads or see what it writes; what that can be is said in `_pure` and `_inert`.
+batch norm reads or see what it writes; what that can be is said in `Between`. Also `if self.relu is not None:` around
+the activation, and one around the call that it is the end of, are seen through.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 
 import torch
 
+from .between import Between
 from .pairing import ACTIVATION_METHODS, ADDITION_METHODS
-from .resolve import plain_attribute
+from .resolve import mangled, plain_attribute
+from .syntax import Stop, assigns, evaluated_before, mentions, names, targets, text_of
 
-Block = list[ast.stmt]
 # Who reads the variables of a frame by name could see one that waits.
 _CONTEXTS = (
     torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast,
@@ -42,22 +44,28 @@ class Chain:
     call: ast.Call
     add: ast.AST | None = None  # BinOp, Call or AugAssign
     act: ast.Call | None = None
-    paths: list[str] = field(default_factory=list)  # modules below self that are called before the computation
+    # What runs before the computation: modules below self that are called, attributes of self whose truth is asked for,
+    # and local variables that these calls are given or whose truth is asked for.
+    paths: list[str] = field(default_factory=list)
+    attributes: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    finish: ast.If | None = None  # behind which the variable is computed if nothing in it has done so
     reason: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether what runs in between has to be looked at when it comes to it."""
+        return bool(self.paths or self.attributes or self.reads)
+
+    def take(self, between: Between) -> None:
+        """Have it run before the computation."""
+        self.paths += between.paths
+        self.attributes += between.attributes
+        self.reads += between.reads
 
     @property
     def fuses(self) -> bool:
         return self.add is not None or self.act is not None
-
-
-class Stop(Exception):
-    """The chain ends; the text is why."""
-
-
-def text_of(node: ast.AST) -> str:
-    """Return source of node that is short enough for a report."""
-    text = " ".join(ast.unparse(node).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Body:
@@ -66,14 +74,20 @@ class Body:
     Args:
         values: returns the objects that an expression can be (resolve.Names.values).
         kind: the class whose method it is.
+        owner: the name of the class that it is written in, for private names.
     """
 
     def __init__(
-        self, tree: ast.FunctionDef, code: types.CodeType, kind: type, values: Callable[[ast.expr], list[Any]]
+        self,
+        tree: ast.FunctionDef,
+        code: types.CodeType,
+        kind: type,
+        owner: str | None,
+        values: Callable[[ast.expr], list[Any]],
     ) -> None:
-        self.tree, self.code, self.kind, self.values = tree, code, kind, values
+        self.tree, self.code, self.kind, self.owner, self.values = tree, code, kind, owner, values
         self.parents: dict[ast.AST, ast.AST] = {}
-        self.blocks: dict[ast.stmt, tuple[Block, int]] = {}
+        self.blocks: dict[ast.stmt, tuple[list[ast.stmt], int]] = {}
         for node in ast.walk(tree):
             for _, value in ast.iter_fields(node):
                 children = value if isinstance(value, list) else [value]
@@ -82,59 +96,54 @@ class Body:
                         self.parents[child] = node
                     if isinstance(child, ast.stmt):
                         self.blocks[child] = (value, i)
-        parameters = [*tree.args.posonlyargs, *tree.args.args]
-        self.self_name = parameters[0].arg if parameters else ""
+        positional = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]
+        self.self_name = positional[0] if positional else ""
+        others = (*tree.args.kwonlyargs, tree.args.vararg, tree.args.kwarg)
+        self.parameters = {*positional, *(a.arg for a in others if a is not None)}
         named = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         of_others = named | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         self.reads_frames = bool(named & _FRAME_READERS or of_others & _FRAME_READERS_OF_MODULES)
 
     # ---- what may run while a call waits ----
 
-    def _pure(self, node: ast.expr) -> bool:
+    def of_self(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.self_name
+
+    def mangled(self, name: str) -> str:
+        return mangled(name, self.owner)
+
+    def pure(self, node: ast.expr) -> bool:
         """Return whether evaluating node reads names, constants, or a plain attribute of self or of a Python module."""
         if isinstance(node, (ast.Name, ast.Constant)):
             return True
         if not isinstance(node, ast.Attribute):
             return False
-        if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
-            return plain_attribute(self.kind, node.attr)
+        if self.of_self(node.value):
+            return plain_attribute(self.kind, self.mangled(node.attr))
         bases = self.values(node.value)
-        return self._pure(node.value) and bool(bases) and all(isinstance(b, types.ModuleType) for b in bases)
+        return self.pure(node.value) and bool(bases) and all(isinstance(b, types.ModuleType) for b in bases)
 
-    def _test(self, node: ast.expr) -> bool:
-        """Return whether node is a condition that runs no code of the user's."""
-        if isinstance(node, ast.BoolOp):
-            return all(self._test(value) for value in node.values)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return self._test(node.operand)
-        if isinstance(node, ast.Compare):
-            identity = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
-            return identity and all(self._pure(e) for e in (node.left, *node.comparators))
-        return self._pure(node)
+    def is_bound(self, name: str, statement: ast.stmt) -> bool:
+        """Return whether a local variable has a value wherever statement is reached."""
+        named = (n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name)
+        deleted = any(isinstance(n.ctx, ast.Del) for n in named)
+        if not self._is_fast(name) or deleted or not self._is_own(statement):
+            return False
+        if name in self.parameters:
+            return True
+        node: ast.AST = statement
+        while node is not self.tree:
+            if isinstance(node, ast.stmt):
+                block, i = self.blocks[node]
+                if any(assigns(earlier, name) for earlier in block[:i]):
+                    return True
+            node = self.parents[node]
+        return False
 
-    def _inert(self, node: ast.expr) -> list[str]:
-        """Return the paths of the modules that evaluating node calls, if it does no more than that; raises Stop."""
-        if isinstance(node, (ast.Name, ast.Constant)):
-            return []
-        if isinstance(node, ast.Call) and not node.keywords:
-            path, function = [], node.func
-            while isinstance(function, ast.Attribute):
-                path.append(function.attr)
-                function = function.value
-            of_self = isinstance(function, ast.Name) and function.id == self.self_name
-            if path and of_self and plain_attribute(self.kind, path[-1]):
-                return [".".join(reversed(path)), *(p for argument in node.args for p in self._inert(argument))]
-        raise Stop(f"{text_of(node)} runs before its output is read (line {node.lineno})")
-
-    def _inert_statement(self, node: ast.stmt) -> list[str]:
-        """The same of a statement."""
-        if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            return []
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(t, ast.Name) for t in _targets(node)):
-            return [] if node.value is None else self._inert(node.value)
-        if isinstance(node, ast.If) and self._test(node.test):
-            return [path for statement in (*node.body, *node.orelse) for path in self._inert_statement(statement)]
-        raise Stop(f"line {node.lineno} runs before its output is read: {text_of(node)}")
+    def statement_with(self, node: ast.AST) -> ast.stmt:
+        while not isinstance(node, ast.stmt):
+            node = self.parents[node]
+        return node
 
     # ---- following one call ----
 
@@ -167,8 +176,8 @@ class Body:
         if not isinstance(parent, ast.Call) or not parent.args or parent.args[0] is not current:
             return None
         others = [*parent.args[1:], *(k.value for k in parent.keywords)]
-        if not all(isinstance(other, ast.Constant) for other in others) or any(k.arg is None for k in parent.keywords):
-            raise Stop(f"{text_of(parent)} follows, whose other arguments are not constants")
+        if not all(self.pure(other) for other in others) or any(k.arg is None for k in parent.keywords):
+            raise Stop(f"{text_of(parent)} follows, whose other arguments are no plain values")
         return parent
 
     def _add(self, chain: Chain, current: ast.expr | ast.AugAssign, norm_calls: set[ast.Call]) -> ast.expr | None:
@@ -187,7 +196,9 @@ class Body:
         if other is not None:
             if other in norm_calls:
                 raise Stop("the addition is part of another batch norm's")
-            chain.paths += self._inert(other)
+            between = Between(self, self.statement_with(current))
+            between.expression(other)
+            chain.take(between)
         return found
 
     def _is_torch_add(self, call: ast.Call) -> bool:
@@ -200,8 +211,8 @@ class Body:
         statement = current if isinstance(current, ast.AugAssign) else self.parents[current]
         if isinstance(statement, ast.AugAssign) and statement is current:
             name = statement.target.id  # type: ignore[union-attr]
-        elif isinstance(statement, (ast.Assign, ast.AnnAssign)) and len(_targets(statement)) == 1:
-            (target,) = _targets(statement)
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)) and len(targets(statement)) == 1:
+            (target,) = targets(statement)
             if not isinstance(target, ast.Name):
                 raise Stop(f"its output is kept in {text_of(target)}")
             name = target.id
@@ -210,23 +221,55 @@ class Body:
             raise Stop(f"its output is {what}")
         if not self._is_fast(name) or self.reads_frames or not self._is_own(statement):
             raise Stop(f"{name} can be seen by other functions")
-        block, i = self.blocks[statement]
-        paths: list[str] = []
-        for follower in block[i + 1 :]:
-            if not _mentions(follower, name):
-                paths += self._inert_statement(follower)
+        between = Between(self, statement)
+        for follower in self._following(statement):
+            if not mentions(follower, name):
+                between.statement_of(follower)
                 continue
-            reader = self._read_in(follower, name, chain)
+            inside = self._act_within(follower, name, between) if chain.add is None or not between.paths else None
+            if inside is not None:
+                chain.finish = follower  # type: ignore[assignment]
+                reader: ast.Name | ast.AugAssign = inside
+            else:
+                reader = self._read_in(follower, name, chain)
             if isinstance(reader, ast.AugAssign):
-                paths += self._inert(reader.value)
+                between.expression(reader.value)
                 chain.add = reader
-            elif not self._dead_after(follower, name):
+            elif inside is None and not self._dead_after(follower, name):
                 raise Stop(f"{name} is read again")
-            if paths and chain.add is not None and not isinstance(reader, ast.AugAssign):
+            if between.paths and chain.add is not None and not isinstance(reader, ast.AugAssign):
                 raise Stop("a call runs between the addition and the activation")
-            chain.paths += paths
+            chain.take(between)
             return reader
         raise Stop(f"{name} is not read in the same block of statements")
+
+    def _following(self, statement: ast.stmt) -> Iterator[ast.stmt]:
+        """Yield what runs after statement: the rest of its block, and what is behind the If that it is the end of."""
+        while True:
+            block, i = self.blocks[statement]
+            yield from block[i + 1 :]
+            parent = self.parents[statement]
+            if not isinstance(parent, ast.If):
+                return
+            statement = parent
+
+    def _act_within(self, statement: ast.stmt, name: str, between: Between) -> ast.Name | None:
+        """Return where name is read in `if condition: name = f(name)`, whose other statements do not mention it."""
+        if not isinstance(statement, ast.If) or any(mentions(s, name) for s in (*statement.orelse, statement.test)):
+            return None
+        if not between.test(statement.test):
+            return None
+        for inner in statement.body:
+            if not mentions(inner, name):
+                between.statement_of(inner, False)
+                continue
+            value = inner.value if isinstance(inner, ast.Assign) and names(inner.targets) == [name] else None
+            if isinstance(value, ast.Call) and value.args and self.pure(value.func):
+                given = value.args[0]
+                if isinstance(given, ast.Name) and given.id == name and not mentions(value, name, but=given):
+                    return given
+            return None
+        return None
 
     def _read_in(self, statement: ast.stmt, name: str, chain: Chain) -> ast.Name | ast.AugAssign:
         """Return where statement reads name, as the first thing that it does but for pure ones; raises Stop."""
@@ -236,7 +279,7 @@ class Body:
             and statement.target.id == name
             and isinstance(statement.op, ast.Add)
             and chain.add is None
-            and not _mentions(statement.value, name)
+            and not mentions(statement.value, name)
         ):
             return statement
         if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)) or statement.value is None:
@@ -244,12 +287,12 @@ class Body:
         loads = [n for n in ast.walk(statement.value) if isinstance(n, ast.Name) and n.id == name]
         if len(loads) != 1:
             raise Stop("its output is read by more than one" if loads else f"{name} is not read")
-        if any(not isinstance(t, ast.Name) for t in _targets(statement) if _mentions(t, name)):
+        if any(not isinstance(t, ast.Name) for t in targets(statement) if mentions(t, name)):
             raise Stop(f"line {statement.lineno} reads it: {text_of(statement)}")
         node: ast.AST = loads[0]
         while node is not statement:
             parent = self.parents[node]
-            if not all(self._pure(e) for e in _evaluated_before(parent, node)):
+            if not all(self.pure(e) for e in evaluated_before(parent, node)):
                 raise Stop(f"more than reading it happens in {text_of(statement)}")
             node = parent
         return loads[0]
@@ -258,18 +301,21 @@ class Body:
         """Return whether the value that name had before statement can not be read after it."""
         if isinstance(statement, ast.Return):
             return True
-        if name in _names(_targets(statement)):
+        if name in names(targets(statement)):
             return True
         block, i = self.blocks[statement]
         for follower in block[i + 1 :]:
-            if not _mentions(follower, name):
+            if not mentions(follower, name):
                 if not isinstance(follower, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Return)):
                     break
                 continue
-            assigned = isinstance(follower, ast.Assign) and not _mentions(follower.value, name)
-            return assigned and _names(_targets(follower)) == [name]
-        reads = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name and not _stores(n)]
+            assigned = isinstance(follower, ast.Assign) and not mentions(follower.value, name)
+            return assigned and names(targets(follower)) == [name]
+        reads = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name and not self._stores(n)]
         return all(self._within(n, statement) for n in reads)
+
+    def _stores(self, node: ast.Name) -> bool:
+        return isinstance(node.ctx, ast.Store) and not isinstance(self.parents[node], ast.AugAssign)
 
     def _within(self, node: ast.AST, ancestor: ast.AST) -> bool:
         while node is not ancestor and node in self.parents:
@@ -306,54 +352,4 @@ class Body:
         return False
 
 
-def _targets(statement: ast.stmt) -> list[ast.expr]:
-    """Return what a statement assigns its value to."""
-    if isinstance(statement, ast.AnnAssign):
-        return [statement.target]
-    return statement.targets if isinstance(statement, ast.Assign) else []
-
-
-def _names(targets: list[ast.expr]) -> list[str]:
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def _stores(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store)
-
-
-def _mentions(node: ast.AST, name: str) -> bool:
-    """Return whether node reads, writes or deletes a variable, or declares it, or has an inner function."""
-    return any(
-        (isinstance(n, ast.Name) and n.id == name)
-        or (isinstance(n, ast.arg) and n.arg == name)
-        or (isinstance(n, (ast.Global, ast.Nonlocal)) and name in n.names)
-        for n in ast.walk(node)
-    )
-
-
-def _evaluated_before(parent: ast.AST, child: ast.AST) -> Iterator[ast.expr]:
-    """Yield what parent evaluates before child; raises Stop where child may not be evaluated, or more than once."""
-    if isinstance(parent, ast.Call):
-        parts: list[ast.AST] = [parent.func, *parent.args, *(k.value for k in parent.keywords)]
-    elif isinstance(parent, ast.BinOp):
-        parts = [parent.left, parent.right]
-    elif isinstance(parent, (ast.Tuple, ast.List)):
-        parts = [*parent.elts]
-    elif isinstance(
-        parent,
-        (ast.Attribute, ast.Return, ast.Assign, ast.AnnAssign, ast.Expr, ast.UnaryOp, ast.keyword, ast.Subscript),
-    ):
-        parts = [child]
-    else:
-        raise Stop(f"its output is read by {text_of(parent)}")
-    for part in parts:
-        if part is child or (isinstance(parent, ast.Call) and _holds(part, child)):
-            return
-        yield part  # type: ignore[misc]
-
-
-def _holds(node: ast.AST, child: ast.AST) -> bool:
-    return any(n is child for n in ast.walk(node))
-
-
-__all__ = ["Body", "Chain", "text_of"]
+__all__ = ["Body", "Chain"]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
@@ -28,7 +29,7 @@ Activation = tuple[str, float]  # the operators' activation and negative_slope
 
 # ---- what is known, as it was at import: who replaces any of it gets his own ----
 
-_CALL = nn.Module.__call__
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _function_modes = torch._C._len_torch_function_stack
 _FORWARD = FusedBatchNorm1d.forward
 # By the module's type: name, forward, and the function that this calls, by its name in torch.nn.functional.
@@ -69,18 +70,13 @@ def listens(module: nn.Module) -> bool:
 
 def called_as_ever(kind: Any) -> bool:
     """Return whether a call of kind's modules is nn.Module's; torch.export puts its own around it, to record scopes."""
-    return kind.__call__ is _CALL or is_compiling()
+    return (kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL) or is_compiling()
 
 
 def is_norm(module: Any) -> bool:
     """Return whether a call of module is that of FusedBatchNorm1d and nothing else, here and now."""
     kind = type(module)
-    return (
-        kind is FusedBatchNorm1d
-        and kind.forward is _FORWARD
-        and (kind.__call__ is _CALL or called_as_ever(kind))  # the function costs as much as the rest
-        and not listens(module)
-    )
+    return kind is FusedBatchNorm1d and kind.forward is _FORWARD and called_as_ever(kind) and not listens(module)
 
 
 def activation_of(
@@ -93,7 +89,7 @@ def activation_of(
         name, forward, called = known
         if args or options or kind.forward is not forward or getattr(F, name) is not called or listens(function):
             return None
-        if not (kind.__call__ is _CALL or called_as_ever(kind)):
+        if not called_as_ever(kind):
             return None
         if name == "leaky_relu":
             return _leaky(function.negative_slope, function.inplace)
@@ -139,12 +135,17 @@ def undisturbed(input: Any) -> bool:
     """Return whether the operators compute batch norm of input here, and nothing watches torch's functions."""
     if not isinstance(input, Tensor) or choose(input) is not ops.batch_norm or not 2 <= input.dim() <= 3:
         return False
-    # In a graph modes are the compiler's.
-    return is_compiling() or not (_has_any_global_hook() or _modes_listen())
+    # torch.export has modes of its own on.
+    return is_exporting() or not (_has_any_global_hook() or _modes_listen())
 
 
 def addable(input: Tensor, residual: Any) -> bool:
-    """Return whether residual is a tensor that the kernels add to the batch norm of input as it is."""
+    """Return whether residual is a tensor that the kernels add to the batch norm of input as it is.
+
+    Not in what torch.jit.trace records, where the next residual may have another shape.
+    """
+    if not is_compiling() and _get_tracing_state():
+        return False
     kind = type(residual)
     return (kind is Tensor or kind is type(input) or kind is nn.Parameter) and fits(input, residual)
 
@@ -158,6 +159,8 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
     mean, var, weight, bias, batches, training, momentum, eps = state_of(norm)
     if not training and (mean is None or var is None):
         return None
+    if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
+        return None  # autograd cannot keep it
     try:
         return ops.batch_norm_act(  # type: ignore[no-any-return]
             input, residual, weight, bias, mean, var, batches, training, momentum, eps, *activation
@@ -168,18 +171,21 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
         return None
 
 
+def _records(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records what is computed of tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # ---- norm, then activation: f(norm(x)), the helper of a rewritten expression ----
 
 
 def pair(function: Any, norm: Any, input: Any, *args: Any, **options: Any) -> Any:
     """Return function(norm(input), *args, **options), in one pass where that is the same."""
-    if is_norm(norm) and undisturbed(input):
-        activation = activation_of(function, args, options)
-        if activation is not None:
-            output = compute(norm, input, None, activation)
-            if output is not None:
-                return output
-    return function(norm(input), *args, **options)
+    if is_norm(norm):
+        activation = activation_of(function, args, options) if undisturbed(input) else None
+        output = None if activation is None else compute(norm, input, None, activation)
+        return function(norm(input), *args, **options) if output is None else output
+    return act(function, begin(norm, input), *args, **options)
 
 
 # ---- the same in steps, for what lies in several statements or has an addition between ----
@@ -206,15 +212,23 @@ class Pending:
 
     def keeps_residual(self, activation: Activation) -> bool:
         """Return whether backward of the whole would read the residual, which the model may write until then."""
-        if self.residual is None or activation[0] not in KEEPS_RESIDUAL or not torch.is_grad_enabled():
+        if self.residual is None or activation[0] not in KEEPS_RESIDUAL:
             return False
-        operands = (self.input, self.residual, self.norm.weight, self.norm.bias)
-        return any(t is not None and t.requires_grad for t in operands)
+        return _records(self.input, self.residual, self.norm.weight, self.norm.bias)
 
 
 def begin(norm: Any, input: Any) -> Any:
-    """Return norm(input), or what waits for the rest: nothing may run in between that could tell the difference."""
-    return Pending(norm, input) if is_norm(norm) and undisturbed(input) else norm(input)
+    """Return norm(input), or what waits for the rest: nothing may run in between that could tell the difference.
+
+    norm may also be a Sequential that ends with a batch norm: all but that is computed here.
+    """
+    if not is_norm(norm):
+        if is_compiling() or not is_plain_sequential(norm):
+            return norm(input)
+        input, norm = run_sequential(norm._modules.values(), input, None)
+        if norm is None:
+            return input
+    return Pending(norm, input) if undisturbed(input) else norm(input)
 
 
 def act(function: Any, value: Any, *args: Any, **options: Any) -> Any:
@@ -276,12 +290,29 @@ def finish(value: Any) -> Any:
 
 # ---- a Sequential ----
 
+_SEQUENTIAL = (nn.Sequential.forward, nn.Sequential.__iter__)
 
-def run_sequential(modules: Iterable[Any], input: Any, norm: Any, is_nested: Callable[[Any], bool]) -> tuple[Any, Any]:
+
+def is_sequential(kind: Any) -> bool:
+    """Return whether kind's forward is that of nn.Sequential, over its children."""
+    return issubclass(kind, nn.Sequential) and (kind.forward, kind.__iter__) == _SEQUENTIAL
+
+
+def is_plain_sequential(module: Any) -> bool:
+    """Return whether a call of module calls its children one after the other and nothing else, here and now."""
+    kind: Any = type(module)
+    if not issubclass(kind, nn.Sequential):
+        return False
+    stale = getattr(kind.forward, "__bn_ext_stale__", None)  # of a class that parents.py has made
+    if stale() if stale is not None else not (kind is nn.Sequential and is_sequential(kind)):
+        return False
+    return called_as_ever(kind) and not listens(module) and not _has_any_global_hook()
+
+
+def run_sequential(modules: Iterable[Any], input: Any, norm: Any) -> tuple[Any, Any]:
     """Call modules one after the other, a norm together with the activation behind it.
 
     Returns the value and, where the last module is a batch norm, that, not called yet; so is the argument norm.
-    is_nested says whether a module is one whose children may be called in its place.
     """
     for module in modules:
         if norm is not None:
@@ -290,8 +321,9 @@ def run_sequential(modules: Iterable[Any], input: Any, norm: Any, is_nested: Cal
                 output = compute(norm, input, None, activation) if undisturbed(input) else None
                 input, norm = module(norm(input)) if output is None else output, None
                 continue
-        if is_nested(module) and _opens_or_ends(module, norm, is_nested):
-            input, norm = run_sequential(module._modules.values(), input, norm, is_nested)
+        # In a graph the record of modules stays that of the model.
+        if isinstance(module, nn.Sequential) and not is_compiling() and _opens_or_ends(module, norm):
+            input, norm = run_sequential(module._modules.values(), input, norm)
             continue
         if norm is not None:
             input, norm = norm(input), None
@@ -302,16 +334,12 @@ def run_sequential(modules: Iterable[Any], input: Any, norm: Any, is_nested: Cal
     return input, norm
 
 
-def _opens_or_ends(module: nn.Module, norm: Any, is_nested: Callable[[Any], bool]) -> bool:
-    """Return whether module begins with what may follow norm, or ends with a norm that something may follow."""
-    if not module._modules or is_compiling():  # a graph's record of modules stays that of the model
+def _opens_or_ends(module: Any, norm: Any) -> bool:
+    """Return whether module is a Sequential that begins with what may follow norm, or ends with a norm itself."""
+    if not is_plain_sequential(module) or not module._modules:
         return False
     children = list(module._modules.values())
     first, last = children[0], children[-1]
-    if first is None or last is None:
-        return False
-    if norm is not None:
-        nested = is_nested(first) and _opens_or_ends(first, norm, is_nested)
-        if nested or activation_of(first) is not None:
-            return True
-    return is_norm(last) or (is_nested(last) and _opens_or_ends(last, None, is_nested))
+    if norm is not None and (activation_of(first) is not None or _opens_or_ends(first, norm)):
+        return True
+    return is_norm(last) or _opens_or_ends(last, None)

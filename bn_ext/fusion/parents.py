@@ -1,7 +1,8 @@
-"""Subclasses of the model's own classes whose forward fuses, and modules put into them and taken out again.
+"""Subclasses of the model's own classes whose methods fuse, and modules put into them and taken out again.
 
 Only the class of a module that calls a batch norm changes; its name, what it holds, and every batch norm and activation
-stay what they are.
+stay what they are. A method that its class has replaced since, or whose code or defaults have changed, is called as
+the class has it today.
 """
 
 from __future__ import annotations
@@ -10,47 +11,54 @@ import abc
 import copyreg
 import functools
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import waiting
-from .pairing import called_as_ever, listens, run_sequential
+from .pairing import is_sequential, run_sequential
 from .rewrite import Sites, methods_of, rewritten
 from .source import Unreadable
+from .watch import asks_for_its_class
 
 # Per method, the sites; for a Sequential whose forward is torch's, none.
 Spec = tuple[tuple[str, Sites], ...]
+FROM, SPEC = "_bn_ext_from", "_bn_ext_spec"  # attributes of the classes that are made here
 
 
-class FusedParent(nn.Module):
+class FusedType(abc.ABCMeta):
+    """The classes that are made here can be pickled, though they are not to be found where their name says."""
+
+
+class FusedParent(nn.Module, metaclass=FusedType):
     """Marks the subclasses that are made here, and keeps them out of sight of who looks at classes."""
-
-    fused_from: type[nn.Module]
-    fused_spec: Spec
 
     def __init_subclass__(cls, _made_here: bool = False, **options: Any) -> None:
         if not _made_here:  # a registry of the user's is for the user's classes
             super().__init_subclass__(**options)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        found = super().__reduce_ex__(protocol)
-        kind: Any = type(self)
-        if not isinstance(found, tuple) or "fused_from" not in vars(kind):  # a tool's subclass of ours
-            return found
-        if found[0] is copyreg.__newobj__ and found[1][0] is kind:  # type: ignore[attr-defined]
-            return (new, (kind.fused_from, kind.fused_spec, *found[1][1:]), *found[2:])
-        return found
+
+def _reduce(kind: type) -> Any:
+    if FROM in vars(kind):
+        return loaded_class, (vars(kind)[FROM], vars(kind)[SPEC])
+    return kind.__qualname__  # a tool's or a user's subclass of ours: to be found by its name, or not at all
 
 
-def new(original: type[nn.Module], spec: Spec, *args: Any) -> nn.Module:
-    """Make an empty module for copy and pickle, of a fused class where the original's source is still known."""
+copyreg.pickle(FusedType, _reduce)
+
+
+def loaded_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
+    """Return the class that a pickle has: the original where its source is another one by now."""
     try:
-        kind = fused_class(original, spec)
-    except Exception:  # the source is gone, or another one: the original is right all the same
-        kind = original
-    return kind.__new__(kind, *args)
+        return fused_class(original, spec)
+    except Exception:
+        return original
+
+
+# ---- may a class have such a subclass? ----
 
 
 def why_not(kind: type[nn.Module], spec: Spec) -> str:
@@ -59,8 +67,9 @@ def why_not(kind: type[nn.Module], spec: Spec) -> str:
         return f"{kind.__name__} has a metaclass of its own"
     if kind is not nn.Sequential and is_of_torch(kind):
         return f"{kind.__name__} is a class of torch's"
-    if issubclass(kind, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        return f"{kind.__name__}'s forward is generated"
+    asks = asks_for_its_class(kind)
+    if asks:
+        return f"{kind.__name__}.{asks} asks for its own class"
     try:
         made = fused_class(kind, spec)
     except Unreadable as error:
@@ -78,43 +87,15 @@ def is_of_torch(kind: type) -> bool:
     return (kind.__module__ or "").partition(".")[0] == "torch"
 
 
-def is_sequential(kind: type[nn.Module]) -> bool:
-    """Return whether kind's forward is that of nn.Sequential, over its children."""
-    return (
-        issubclass(kind, nn.Sequential)
-        and kind.forward is nn.Sequential.forward
-        and kind.__iter__ is nn.Sequential.__iter__
-    )
+def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
+    output, norm = run_sequential(self._modules.values(), input, None)
+    return output if norm is None else norm(output)
 
 
-_SEQUENTIAL_FORWARD = nn.Sequential.forward
+# ---- the classes ----
 
-
-def _sequential_forward(self: nn.Sequential, input: Tensor) -> Tensor:
-    if _stale():
-        return nn.Sequential.forward(self, input)  # type: ignore[no-any-return, no-untyped-call]
-    output, norm = run_sequential(self._modules.values(), input, None, _is_nested)
-    return output if norm is None else norm(output)  # type: ignore[no-any-return]
-
-
-# torch.jit.script reads the source of what it wraps, so it compiles torch's own.
-functools.update_wrapper(_sequential_forward, nn.Sequential.forward)
-
-
-@torch.compiler.assume_constant_result
-def _stale() -> bool:
-    """Return whether somebody has replaced the forward of nn.Sequential."""
-    return nn.Sequential.forward is not _SEQUENTIAL_FORWARD
-
-
-def _is_nested(module: nn.Module) -> bool:
-    """Return whether a call of module calls its children one after the other and nothing else."""
-    kind: Any = type(module)
-    of_ours = vars(kind).get("forward") is _sequential_forward
-    return (of_ours or kind is nn.Sequential) and called_as_ever(kind) and not listens(module) and not _stale()
-
-
-_CLASSES: dict[tuple[type[nn.Module], Spec], type[nn.Module]] = {}
+# By the original's identity, so that neither is kept alive.
+_CLASSES: weakref.WeakValueDictionary[tuple[int, Spec], Any] = weakref.WeakValueDictionary()
 
 
 def fused_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
@@ -122,40 +103,89 @@ def fused_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
 
     Raises:
         Unreadable: there is no source, or it is another one than the spec was made for.
-        Exception: what making a subclass raises, such as a hook of the original's.
+        Exception: what making a subclass raises.
     """
-    if (original, spec) in _CLASSES:
-        return _CLASSES[original, spec]
+    key = (id(original), spec)
+    known = _CLASSES.get(key)
+    if known is not None and vars(known)[FROM] is original and is_current(known):
+        return known  # type: ignore[no-any-return]
+    kind: Any = None
+
+    def today(self: nn.Module, name: str) -> Any:
+        return getattr(super(kind, self), name)
+
     members: dict[str, Any] = {}
-    if spec:
-        functions = methods_of(original)
-        for name, sites in spec:
-            made = rewritten(original, functions[name], sites) if name in functions else None
-            if made is None:
-                raise Unreadable(f"the source of {original.__name__}.{name} is another one")
-            members[name] = made
-    else:
-        members["forward"] = _sequential_forward
+    functions = methods_of(original)
+    for name, sites in spec:
+        made = rewritten(original, functions[name], sites) if name in functions else None
+        if made is None:
+            raise Unreadable(f"the source of {original.__name__}.{name} is another one")
+        members[name] = _guarded(original, name, functions[name], made, today)
+    if not spec:
+        # Not a method of original's own: torch's, also where original is a subclass.
+        forward: Any = nn.Sequential.forward
+        members["forward"] = _guarded(original, "forward", forward, _sequential_forward, today)
+        members["forward"].__bn_ext_stale__ = lambda: not is_sequential(original)
     members |= {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    members |= {"fused_from": original, "fused_spec": spec}
-    kind: Any = types.new_class(
-        original.__name__, (FusedParent, original), {"_made_here": True}, lambda scope: scope.update(members)
-    )
+    members |= {"__annotations__": dict(getattr(original, "__annotations__", {})), FROM: original, SPEC: spec}
+    bases = (FusedParent, original)
+    kind = types.new_class(original.__name__, bases, {"_made_here": True}, lambda scope: scope.update(members))
     if original is nn.Sequential:
-        waiting.INERT[kind] = _sequential_forward
-    _CLASSES[original, spec] = kind
+        waiting.INERT[kind] = kind.forward
+    _CLASSES[key] = kind
     return kind  # type: ignore[no-any-return]
+
+
+def _guarded(
+    original: type[nn.Module], name: str, function: types.FunctionType, made: Any, today: Callable[..., Any]
+) -> types.FunctionType:
+    """Return a method that calls made, or what original has under that name by now, if that is another one."""
+    was = (function.__code__, function.__defaults__, function.__kwdefaults__)
+
+    @torch.compiler.assume_constant_result
+    def stale() -> bool:
+        if getattr(original, name, None) is not function:
+            return True
+        now = (function.__code__, function.__defaults__, function.__kwdefaults__)
+        return any(a is not b for a, b in zip(now, was, strict=True))
+
+    # torch.jit.script resolves the names of the source, which it reads from what is wrapped, by this function's globals
+    # and by the variables that it closes over.
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    mine = {"_stale": stale, "_today": today, "_name": name, "_made": made}
+    closed = [*mine, *(free for free in cells if free not in mine)]
+    text = f"""def factory({", ".join(closed)}):
+    def method(self, /, *args, **kwargs):
+        if 0: {", ".join(closed)}
+        if _stale(): return _today(self, _name)(*args, **kwargs)
+        return _made(self, *args, **kwargs)
+"""
+    module = compile(text, "<bn_ext>", "exec")
+    code = next(c for c in module.co_consts if isinstance(c, types.CodeType))
+    code = next(c for c in code.co_consts if isinstance(c, types.CodeType))
+    closure = tuple(types.CellType(mine[free]) if free in mine else cells[free] for free in code.co_freevars)
+    guarded = types.FunctionType(code, function.__globals__, function.__name__, None, closure)
+    functools.update_wrapper(guarded, function)
+    guarded.__dict__["__bn_ext_current__"] = lambda: not stale()
+    return guarded
+
+
+def is_current(kind: Any) -> bool:
+    """Return whether the methods of a class that was made here are made of what the original has today."""
+    names = ("forward",) if not vars(kind)[SPEC] else tuple(name for name, _ in vars(kind)[SPEC])
+    return all(vars(kind)[name].__bn_ext_current__() for name in names)
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
     """Return the class that module had before it was given one of ours."""
-    found: type[nn.Module] = vars(type(module)).get("fused_from", type(module))
+    found: type[nn.Module] = vars(type(module)).get(FROM, type(module))
     return found
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether module's forward is one of ours, also where a tool has made a subclass since."""
-    return isinstance(module, FusedParent)
+    """Return whether module's methods are ours, also where a tool has made a subclass since, and not out of date."""
+    kind = next((k for k in type(module).__mro__ if FROM in vars(k)), None)
+    return kind is not None and is_current(kind)
 
 
-__all__ = ["FusedParent", "Spec", "fused_class", "is_fused", "is_of_torch", "is_sequential", "original_of", "why_not"]
+__all__ = ["FROM", "SPEC", "Spec", "fused_class", "is_fused", "is_of_torch", "original_of", "why_not"]

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..modules import LazyFusedBatchNorm1d
 from .container import BatchNormAct1d
-from .pairing import KEEPS_RESIDUAL, activation_of, is_norm, listens
-from .parents import FusedParent, Spec, is_fused, is_of_torch, is_sequential, original_of, why_not
+from .pairing import KEEPS_RESIDUAL, activation_of, is_norm, is_sequential, listens
+from .parents import FROM, SPEC, FusedParent, Spec, is_fused, is_of_torch, original_of, why_not
 from .rewrite import NORMS, Place, places_of, sites_of
 from .waiting import path_of, why_not_inert
+from .watch import asks_for_class_named
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,16 @@ NOT_CONVERTED = "what calls it was not converted with fuse=True, as it is now"
 
 
 class Analysis:
-    """What the modules of a model call, and the classes that would fuse it; the model is only looked at."""
+    """What the modules of a model call, and the classes that would fuse it; the model is only looked at.
+
+    Attributes:
+        specs: what parents.fused_class takes, for every module that it would fuse something in.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.specs: dict[nn.Module, Spec] = {}
         self.names = {m: name for name, m in model.named_modules()}
+        self.kinds = {original_of(m) for m in self.names}
         self.entries: dict[nn.Module, list[Fusion]] = {m: [] for m in self.names if type(m) in NORMS}
         if not self.entries:
             return
@@ -55,17 +61,20 @@ class Analysis:
         for module in self.names:
             if is_sequential(original_of(module)):
                 for i, child in enumerate(module._modules.values()):
-                    self.outers.setdefault(child, []).append((module, i))
+                    if child is not None:
+                        self.outers.setdefault(child, []).append((module, i))
+        sequentials = []
         for module in self.names:
-            if not any(child in self.entries for child in module.modules()) or module in self.entries:
+            if module in self.entries or not any(child in self.entries for child in module.modules()):
                 continue
-            kind = original_of(module)
-            if isinstance(module, BatchNormAct1d):
+            if type(module).forward is BatchNormAct1d.forward:
                 self._container(module)
-            elif is_sequential(kind):
-                self._sequential(module, kind)
-            elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            elif is_sequential(original_of(module)):
+                sequentials.append(module)
+            elif type(module) not in (nn.ModuleList, nn.ModuleDict):
                 self._methods(module)
+        for module in sequentials:  # behind the methods, which may say what follows a Sequential
+            self._sequential(module)
 
     def report(self) -> list[Fusion]:
         found = []
@@ -75,23 +84,24 @@ class Analysis:
 
     # ---- the three that call batch norms ----
 
-    def _container(self, module: BatchNormAct1d) -> None:
-        norm = module._modules.get("norm")
+    def _container(self, module: nn.Module) -> None:
+        norm, act = module._modules.get("norm"), module._modules.get("act")
         if norm in self.entries:
-            act = module._modules.get("act")
-            name = f"{self.names[module] or 'the model'}, a {type(module).__name__}"
-            self._add(norm, name, _reason_of_norm(norm), [(act, (), {})], None)
+            reason = "it has hooks, or a forward of its own" if "forward" in vars(module) else ""
+            self._add(norm, self._place(module), reason or _reason_of_norm(norm), [(act, (), {})], None)
 
-    def _sequential(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        reason = why_not(kind, ())
+    def _sequential(self, module: nn.Module) -> None:
+        reason = self._why_not(original_of(module), ())
         if not reason and any(child in self.entries for child in _flat(module)):
             self.specs[module] = ()
-        where = f"{self.names[module] or 'the model'}, a {kind.__name__}"
         for i, norm in enumerate(module._modules.values()):
             if norm is not None and norm in self.entries:
                 objection = _reason_of_parent(module, reason) or _reason_of_norm(norm)
                 for follower in self._followers(module, i):
-                    self._add(norm, where, objection, [] if follower is None else [(follower, (), {})], None)
+                    if follower is None and self.entries[norm]:
+                        continue  # a method has said what follows
+                    followers: list[Any] = [] if follower is None else [(follower, (), {})]
+                    self._add(norm, self._place(module), objection, followers, None)
 
     def _followers(self, module: nn.Module, i: int) -> list[nn.Module | None]:
         """Return what is called after the i-th child of a Sequential, by it or by those that it is a child of."""
@@ -104,70 +114,84 @@ class Analysis:
 
     def _methods(self, module: nn.Module) -> None:
         kind = original_of(module)
-        own = next((k for k in kind.__mro__ if not is_of_torch(k) and "fused_from" not in vars(k)), object)
-        if issubclass(kind, (torch.fx.GraphModule, torch.jit.ScriptModule)):
-            for child in module.modules():
-                if child in self.entries:
-                    why = f"the forward of a {kind.__name__} is generated"
-                    self.entries[child].append(Fusion(self.names[child], self.names[module], "batch norm", why))
-        if not issubclass(own, nn.Module) or own is FusedParent:
-            return  # a wrapper of torch's: what it wraps calls the batch norms
+        generated = issubclass(kind, (torch.fx.GraphModule, torch.jit.ScriptModule))
+        own: Any = next((k for k in kind.__mro__ if not is_of_torch(k) and FROM not in vars(k)), object)
+        if generated or not issubclass(own, nn.Module) or own is FusedParent:
+            for child in module.modules() if generated else ():
+                self._refuse(child, self._place(module), f"the forward of a {kind.__name__} is generated")
+            return  # else a wrapper of torch's: what it wraps calls the batch norms
         places, unreadable = places_of(module, own)
         spec = tuple(sorted((name, sites) for name, found in places.items() if (sites := sites_of(found))))
-        reason = why_not(kind, spec) if spec else ""
+        reason = self._why_not(kind, spec) if spec else ""
+        if "forward" in vars(module):
+            reason = f"{own.__name__} has been given another forward"
         if spec and not reason:
             self.specs[module] = spec
-        done = {name: dict(sites) for name, sites in getattr(type(module), "fused_spec", ())}
+        done = {name: dict(sites) for name, sites in getattr(type(module), SPEC, ())}
         for name, found in places.items():
             for place in found:
-                here = done.get(name, {})
-                stale = "" if place.chain.reason or not is_fused(module) or place.number in here else NOT_CONVERTED
-                if is_fused(module) and not here.get(place.number, True):
-                    place.activations = []  # what follows was none when it was converted
-                file = os.path.basename(place.method.function.__code__.co_filename)
-                where = f"{own.__name__}.{name}, {file}:{place.line}"
-                for norm in place.norms:
-                    if norm in self.entries:
-                        objection = place.chain.reason or stale or _reason_of_parent(module, reason)
-                        objection = objection or _reason_of_norm(norm) or self._reason_of_paths(module, place, norm)
-                        self._add(norm, where, objection, place.activations, place)
-        seen = {norm for found in places.values() for place in found for norm in place.norms}
-        for child in _own(module):
-            if "forward" in unreadable and child not in seen and child in self.entries:
-                entry = Fusion(self.names[child], f"{own.__name__}.forward", "batch norm", unreadable["forward"])
-                self.entries[child].append(entry)
+                self._method_place(module, own, name, place, reason, done.get(name, {}))
+        for name, (why, mentioned) in unreadable.items():
+            for root in mentioned:
+                for child in _own(module._modules.get(root)):
+                    if not self.entries.get(child, True):
+                        self._refuse(child, f"{own.__name__}.{name}", why)
 
-    def _reason_of_paths(self, module: nn.Module, place: Place, norm: nn.Module) -> str:
-        for path in place.chain.paths:
-            try:
-                between = path_of(module, path)
-            except (KeyError, AttributeError):
-                return f"self.{path}, which is no module, is called before its output is read"
-            why = "" if between is None else why_not_inert(between, norm)
-            if why:
-                return f"self.{path} is called before its output is read: {why}"
-        return ""
+    def _method_place(
+        self, module: nn.Module, own: type, name: str, place: Place, reason: str, done: dict[int, bool]
+    ) -> None:
+        """Enter one call in a method. done: the sites that module's class fuses in it, each with or without what
+        follows."""
+        fused = is_fused(module) and not reason
+        stale = "" if place.chain.reason or not fused or place.number in done else NOT_CONVERTED
+        if fused and not done.get(place.number, True):
+            place.activations = []  # what follows was none when it was converted
+        file = os.path.basename(place.method.function.__code__.co_filename)
+        for norm in place.norms:
+            if norm in self.entries:
+                objection = place.chain.reason or stale or ("" if fused else reason or NOT_CONVERTED)
+                objection = objection or _reason_of_norm(norm) or _reason_of_paths(module, place, norm)
+                self._add(norm, f"{own.__name__}.{name}, {file}:{place.line}", objection, place.activations, place)
+
+    # ---- entries ----
+
+    def _place(self, module: nn.Module) -> str:
+        return f"{self.names[module] or 'the model'}, a {type(module).__name__}"
+
+    def _why_not(self, kind: type[nn.Module], spec: Spec) -> str:
+        """Return why no subclass of kind can stand in its place in this model."""
+        for other in self.kinds:
+            asks = asks_for_class_named(other, kind.__name__)
+            if asks:
+                return f"{other.__name__}.{asks} asks whether something is a {kind.__name__}"
+        return why_not(kind, spec)
+
+    def _refuse(self, norm: nn.Module, where: str, reason: str) -> None:
+        if norm in self.entries:
+            self.entries[norm].append(Fusion(self.names[norm], where, "batch norm", reason))
 
     def _add(self, norm: Any, where: str, reason: str, followers: list[Any], place: Place | None) -> None:
         """Enter what a call of norm computes: reason, if any, says why that is batch norm alone."""
         adds = place is not None and place.chain.add is not None
         found = [f if isinstance(f, str) else (activation_of(f, *rest) or ("",))[0] for f, *rest in followers]
         names = [name for name in dict.fromkeys(found) if name]
-        if not reason and not names and not adds:
-            reason = _reason_of_followers([f for f, *_ in followers])
+        reason = reason or ("" if names or adds else _reason_of_followers([f for f, *_ in followers]))
+        if reason:
+            return self._refuse(norm, where, reason)
         inner = "batch norm + residual" if adds else "batch norm"
         computes = f"{' or '.join(names)}({inner})" if names else inner
         if adds and set(names) & set(KEEPS_RESIDUAL):
             computes += f"; {inner} where autograd records"
-        self.entries[norm].append(Fusion(self.names[norm], where, "batch norm" if reason else computes, reason))
+        self.entries[norm].append(Fusion(self.names[norm], where, computes))
+        return None
 
 
-def _own(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the batch norms that module's own methods may call: its children, and theirs where these are mere lists."""
-    for child in module.children():
-        if type(child) in NORMS:
-            yield child
-        elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+def _own(module: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the batch norms that module is, or holds if it is a mere list."""
+    if module is not None and type(module) in NORMS:
+        yield module
+    elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for child in module.children():
             yield from _own(child)
 
 
@@ -179,6 +203,18 @@ def _reason_of_norm(norm: nn.Module) -> str:
     if type(norm) is LazyFusedBatchNorm1d:
         return "it has not seen an input yet"
     return "" if is_norm(norm) else "it has hooks, or a forward of its own"
+
+
+def _reason_of_paths(module: nn.Module, place: Place, norm: nn.Module) -> str:
+    for path in place.chain.paths:
+        try:
+            between = path_of(module, path)
+        except (KeyError, AttributeError):
+            return f"self.{path}, which is no module, is called before its output is read"
+        why = "" if between is None else why_not_inert(between, norm)
+        if why:
+            return f"self.{path} is called before its output is read: {why}"
+    return ""
 
 
 def _reason_of_followers(followers: list[Any]) -> str:

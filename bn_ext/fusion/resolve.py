@@ -20,11 +20,16 @@ _MANY = 10_000  # objects that an expression can be; more are of no use to anybo
 class Names:
     """What the names of a method can be bound to: parameters, local variables by all their assignments, globals."""
 
-    def __init__(self, module: nn.Module | None, function: types.FunctionType, tree: ast.FunctionDef) -> None:
+    def __init__(
+        self, module: nn.Module | None, function: types.FunctionType, tree: ast.FunctionDef, owner: str | None
+    ) -> None:
         self.module = module
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         self.self_name = arguments[0].arg if arguments else None
-        self.outer = inspect.getclosurevars(function) if function.__closure__ else None
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self.outer = {name: cell for name, cell in cells if name != "__class__"}
+        self.owner = owner
+        self._budget = _MANY
         self.function = function
         self.bindings: dict[
             str, list[tuple[ast.expr, bool]]
@@ -73,25 +78,32 @@ class Names:
 
     def values(self, node: ast.expr) -> list[Any]:
         """Return the objects that node can be, as far as they can be told."""
+        self._budget = _MANY
+        return self._values(node)
+
+    def _values(self, node: ast.expr) -> list[Any]:
         found: list[Any] = []
+        self._budget -= 1
+        if self._budget < 0:  # names that are all assigned to each other
+            return found
         if isinstance(node, ast.Name):
             found = self._of_name(node.id)
         elif isinstance(node, ast.Attribute):
-            found = [v for base in self.values(node.value) for v in attribute(base, node.attr)]
+            found = [v for base in self._values(node.value) for v in attribute(base, mangled(node.attr, self.owner))]
         elif isinstance(node, ast.Subscript):
-            for base in self.values(node.value):
+            for base in self._values(node.value):
                 found += _items(base, node.slice)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
-            for base in self.values(node.args[0]):
+            for base in self._values(node.args[0]):
                 name = node.args[1] if len(node.args) > 1 else None
                 if isinstance(name, ast.Constant):
                     found += attribute(base, str(name.value))
                 elif isinstance(base, nn.Module):
                     found += [m for m in base._modules.values() if m is not None]
         elif isinstance(node, ast.IfExp):
-            found = self.values(node.body) + self.values(node.orelse)
+            found = self._values(node.body) + self._values(node.orelse)
         elif isinstance(node, (ast.List, ast.Tuple)):
-            found = [[v for element in node.elts for v in self.values(element)]]
+            found = [[v for element in node.elts for v in self._values(element)]]
         elif isinstance(node, ast.Constant):
             found = [node.value]
         return found[:_MANY]
@@ -105,15 +117,24 @@ class Names:
             self._busy.add(name)
             found = []
             for value, element in self.bindings[name]:
-                for object in self.values(value):
+                for object in self._values(value):
                     found += elements_of(object) if element else [object]
             self._busy.discard(name)
             return found
         if name in self.unknown:
             return []
-        if self.outer is not None and name in self.outer.nonlocals:
-            return [self.outer.nonlocals[name]]
+        if name in self.outer:
+            try:
+                return [self.outer[name].cell_contents]
+            except ValueError:  # not bound yet
+                return []
         return [self.function.__globals__[name]] if name in self.function.__globals__ else []
+
+
+def mangled(name: str, owner: str | None) -> str:
+    """Return what a private name (__x) is within a class of that name."""
+    private = name.startswith("__") and not name.endswith("__") and owner is not None and owner.strip("_")
+    return f"_{(owner or '').lstrip('_')}{name}" if private else name
 
 
 def attribute(base: Any, name: str) -> list[Any]:
@@ -163,4 +184,4 @@ def plain_attribute(kind: type, name: str) -> bool:
     return not hasattr(type(inspect.getattr_static(kind, name, None)), "__get__")
 
 
-__all__ = ["Names", "attribute", "elements_of", "plain_attribute"]
+__all__ = ["Names", "attribute", "elements_of", "mangled", "plain_attribute"]

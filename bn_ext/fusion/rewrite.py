@@ -4,8 +4,7 @@
     F.relu(self.bn2(x) + identity)             act(F.relu, add(plus, begin(self.bn2, x), identity))
     self.bn3(x) + identity                     finish(add(plus, begin(self.bn3, x), identity))
 
-The order of evaluation is the source's. A method that its class has replaced since, or whose code has changed, is
-called in the place of what was made from it.
+The order of evaluation is the source's.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
 from . import pairing, waiting
-from .chains import Body, Chain, text_of
-from .pairing import ACTIVATION_METHODS, ADDITION_METHODS
+from .chains import Body, Chain
+from .pairing import ACTIVATION_METHODS, ADDITION_METHODS, is_sequential
 from .resolve import Names
 from .source import Method, Unreadable
+from .syntax import text_of
 
 NORMS = (FusedBatchNorm1d, LazyFusedBatchNorm1d)  # exactly these: a subclass has a forward of its own
 
@@ -52,7 +51,12 @@ def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
             if name not in found:
                 found[name] = value
     dunder = ("__init__", "__call__", "__getattr__", "__setattr__")
-    return {n: f for n, f in found.items() if isinstance(f, types.FunctionType) and n not in dunder}
+    ours = __name__.partition(".")[0]
+    return {
+        n: f
+        for n, f in found.items()
+        if isinstance(f, types.FunctionType) and n not in dunder and (f.__module__ or "").partition(".")[0] != ours
+    }
 
 
 def calls_of(tree: ast.AST) -> list[ast.Call]:
@@ -99,10 +103,13 @@ class Place:
         return calls_of(self.method.tree).index(self.chain.call)
 
 
-def places_of(module: nn.Module, kind: type[nn.Module]) -> tuple[dict[str, list[Place]], dict[str, str]]:
-    """Return the places in the methods of module, whose class is kind, and why other methods could not be read."""
+def places_of(
+    module: nn.Module, kind: type[nn.Module]
+) -> tuple[dict[str, list[Place]], dict[str, tuple[str, set[str]]]]:
+    """Return the places in the methods of module, whose class is kind; and of those that could not be read, why, and
+    which children of module they name."""
     places: dict[str, list[Place]] = {}
-    unreadable: dict[str, str] = {}
+    unreadable: dict[str, tuple[str, set[str]]] = {}
     roots = {n for n, m in module._modules.items() if m is not None and _holds_norm(m)}
     for name, function in methods_of(kind).items():
         if not (roots | _DYNAMIC) & _names_in(function.__code__):
@@ -112,7 +119,8 @@ def places_of(module: nn.Module, kind: type[nn.Module]) -> tuple[dict[str, list[
             if _generates(method.tree):
                 raise Unreadable("it is a generator")
         except Unreadable as error:
-            unreadable[name] = f"{kind.__name__}.{name} is left alone: {error}"
+            mentioned = roots & _names_in(function.__code__)
+            unreadable[name] = (f"{kind.__name__}.{name} is left alone: {error}", mentioned)
             continue
         found = _places_in(module, kind, method)
         if found:
@@ -137,8 +145,8 @@ def _holds_norm(module: nn.Module) -> bool:
 
 
 def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list[Place]:
-    names = Names(module, method.function, method.tree)
-    called = {c: [v for v in names.values(c.func) if type(v) in NORMS] for c in calls_of(method.tree)}
+    names = Names(module, method.function, method.tree, method.owner)
+    called = {c: _norms_of(names.values(c.func)) for c in calls_of(method.tree)}
     called = {call: norms for call, norms in called.items() if norms}
     if not called:
         return []
@@ -161,15 +169,33 @@ def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list
 def _body(method: Method, kind: type[nn.Module], tree: ast.FunctionDef | None = None) -> Body:
     """Return the body of a method; names are resolved by globals alone, so that it is one for all instances."""
     tree = method.tree if tree is None else tree
-    return Body(tree, method.function.__code__, kind, Names(None, method.function, tree).values)
+    values = Names(None, method.function, tree, method.owner).values
+    return Body(tree, method.function.__code__, kind, method.owner, values)
+
+
+def _norms_of(values: list[Any]) -> list[Any]:
+    """Return the batch norms that a call of one of values ends with: its own, or the last of a Sequential."""
+    found = []
+    for value in values:
+        while isinstance(value, nn.Sequential) and is_sequential(_original(type(value))) and value._modules:
+            value = list(value._modules.values())[-1]
+        if type(value) in NORMS:
+            found.append(value)
+    return found
+
+
+def _original(kind: type) -> type:
+    return getattr(kind, "_bn_ext_from", kind)
 
 
 def _activations(names: Names, act: ast.Call) -> list[Any]:
     """Return what the call of an activation can be of what is known, with its arguments behind the first."""
     if isinstance(act.func, ast.Attribute) and act.func.attr in ACTIVATION_METHODS and not act.args:
         return [(ACTIVATION_METHODS[act.func.attr][0], (), {})]
-    args = tuple(argument.value for argument in act.args[1:] if isinstance(argument, ast.Constant))
-    options = {k.arg: k.value.value for k in act.keywords if isinstance(k.value, ast.Constant)}
+    args = tuple(value for argument in act.args[1:] for value in names.values(argument)[:1])
+    options = {k.arg: value for k in act.keywords for value in names.values(k.value)[:1]}
+    if len(args) + len(options) < len(act.args) - 1 + len(act.keywords):
+        return []  # of an argument that cannot be told
     return [(f, args, options) for f in names.values(act.func) if is_known(f)]
 
 
@@ -210,56 +236,31 @@ def rewritten(kind: type[nn.Module], function: types.FunctionType, sites: Sites)
             chain.act = None
         chains.append(chain)
     _resolve_claims(chains)
-    edits: dict[ast.AST, Callable[[Any], ast.AST]] = {}
+    edits: Edits = {}
     for chain in chains:
         if chain.fuses:
             _plan(chain, body.self_name, edits)
     _Editor(edits).visit(tree)
-    documented = ast.get_docstring(tree) is not None
-    tree.body.insert(int(documented), _guard(method.function.__name__, tree.args))
-    original, code, name = method.function, method.function.__code__, _mangled(method)
-
-    def stale() -> bool:
-        return getattr(kind, name, None) is not original or original.__code__ is not code
-
-    helpers = {
-        **_HELPERS,
-        "__bn_ext_class__": kind,
-        "__bn_ext_stale__": torch.compiler.assume_constant_result(stale),
-    }
-    return method.compiled(tree, helpers)
+    return method.compiled(tree, _HELPERS)
 
 
-def _mangled(method: Method) -> str:
-    name = method.function.__name__
-    private = name.startswith("__") and not name.endswith("__") and method.owner is not None
-    return f"_{(method.owner or '').lstrip('_')}{name}" if private else name
-
-
-def _guard(name: str, arguments: ast.arguments) -> ast.stmt:
-    """if the method is not what it was: return today's, called with the same arguments."""
-    given = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
-    if arguments.vararg:
-        given.append(f"*{arguments.vararg.arg}")
-    given += [f"{a.arg}={a.arg}" for a in arguments.kwonlyargs]
-    if arguments.kwarg:
-        given.append(f"**{arguments.kwarg.arg}")
-    text = f"if __bn_ext_stale__():\n    return __bn_ext_class__.{name}({', '.join(given)})"
-    return ast.parse(text).body[0]
+Edits = dict[ast.AST, Callable[[Any], Any]]
 
 
 class _Editor(ast.NodeTransformer):
     """Replaces nodes by what edits make of them, children first."""
 
-    def __init__(self, edits: dict[ast.AST, Callable[[Any], ast.AST]]) -> None:
+    def __init__(self, edits: Edits) -> None:
         self.edits = edits
 
-    def visit(self, node: ast.AST) -> ast.AST:
+    def visit(self, node: ast.AST) -> Any:
         self.generic_visit(node)
         if node not in self.edits:
             return node
-        made = ast.copy_location(self.edits[node](node), node)
-        return _located(made, node)
+        made = self.edits[node](node)
+        if isinstance(made, list):  # statements
+            return made
+        return _located(ast.copy_location(made, node), node)
 
 
 def _located(made: ast.AST, at: ast.AST) -> ast.AST:
@@ -278,15 +279,19 @@ def _name(name: str) -> ast.Name:
     return ast.Name(id=name, ctx=ast.Load())
 
 
-def _plan(chain: Chain, self_name: str, edits: dict[ast.AST, Callable[[Any], ast.AST]]) -> None:
+def _plan(chain: Chain, self_name: str, edits: Edits) -> None:
     """Add the edits of one chain."""
     call, add, act = chain.call, chain.add, chain.act
-    if act is not None and add is None and act.args and act.args[0] is call:
+    if act is not None and add is None and act.args and act.args[0] is call and _constant(act):
         edits[act] = lambda n: _call("pair", n.func, call.func, call.args[0], *n.args[1:], keywords=n.keywords)
         return
-    if chain.paths:
-        paths = ast.Tuple(elts=[ast.Constant(p) for p in dict.fromkeys(chain.paths)], ctx=ast.Load())
-        edits[call] = lambda n: _call("wait", n.func, n.args[0], _name(self_name), paths)
+    if chain.waits:
+        strings = [
+            ast.Tuple(elts=[ast.Constant(p) for p in dict.fromkeys(found)], ctx=ast.Load())
+            for found in (chain.paths, chain.attributes)
+        ]
+        values = [_name(read) for read in dict.fromkeys(chain.reads)]
+        edits[call] = lambda n: _call("wait", n.func, n.args[0], _name(self_name), *strings, *values)
     else:
         edits[call] = lambda n: _call("begin", n.func, n.args[0])
     if add is not None:
@@ -294,6 +299,27 @@ def _plan(chain: Chain, self_name: str, edits: dict[ast.AST, Callable[[Any], ast
         edits[add] = lambda n: _added(n, last)
     if act is not None:
         edits[act] = _acted
+        if chain.finish is not None:
+            _finish_behind(chain.finish, act.args[0], edits)
+
+
+def _constant(act: ast.Call) -> bool:
+    """Return whether the arguments behind the first are the same whenever they are evaluated."""
+    return all(isinstance(a, ast.Constant) for a in (*act.args[1:], *(k.value for k in act.keywords)))
+
+
+def _finish_behind(statement: ast.If, name: ast.expr, edits: Edits) -> None:
+    """Compute a variable behind a statement in which an activation may have done so."""
+    assert isinstance(name, ast.Name)
+    before = edits.get(statement)
+    store = ast.Name(id=name.id, ctx=ast.Store())
+    made = ast.Assign(targets=[store], value=_call("finish", _name(name.id)))
+
+    def append(node: Any) -> Any:
+        found = node if before is None else before(node)
+        return [*(found if isinstance(found, list) else [found]), _located(made, node)]
+
+    edits[statement] = append
 
 
 def _acted(node: ast.Call) -> ast.AST:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..modules import FusedBatchNorm1d
-from .pairing import Pending, called_as_ever, is_norm, listens, undisturbed
+from .pairing import Pending, begin, called_as_ever, listens
 
 # Layers whose output is new memory, whatever they are given.
 _LAYERS = (
@@ -71,15 +71,38 @@ def path_of(owner: nn.Module, path: str) -> Any:
     return found
 
 
-def wait(norm: Any, input: Any, owner: Any, paths: tuple[str, ...]) -> Any:
-    """Return norm(input), or what waits for the rest while the modules at paths below owner may be called."""
-    if not is_norm(norm) or not undisturbed(input):
-        return norm(input)
+def _matters(value: Any, norm: nn.Module) -> bool:
+    """Return whether asking value for its truth, or handing it to a layer, may tell what norm has written."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return False
+    if type(value) in INERT:  # an nn.Sequential has a length
+        return False
+    if type(value) not in (Tensor, nn.Parameter):
+        return True
+    return not _storages(norm._buffers.values()).isdisjoint(_storages([value]))
+
+
+def wait(norm: Any, input: Any, owner: Any, paths: tuple[str, ...], attributes: tuple[str, ...], *values: Any) -> Any:
+    """Return norm(input), or what waits for the rest while the modules at paths below owner may be called.
+
+    attributes of owner, and values, are what these are given and what conditions in between ask for their truth.
+    """
+    pending = begin(norm, input)
+    if type(pending) is not Pending:
+        return pending
     for path in paths:
         try:
             module = path_of(owner, path)
         except (KeyError, AttributeError):
-            return norm(input)
-        if module is not None and why_not_inert(module, norm, input):
-            return norm(input)
-    return Pending(norm, input)
+            return pending.value()
+        if module is not None and why_not_inert(module, pending.norm, pending.input):
+            return pending.value()
+    for name in attributes:
+        kept = next((k for k in (vars(owner), owner._modules, owner._buffers, owner._parameters) if name in k), None)
+        if kept is None and not hasattr(type(owner), name):
+            return pending.value()
+        if _matters(getattr(type(owner), name) if kept is None else kept[name], pending.norm):
+            return pending.value()
+    if any(_matters(value, pending.norm) for value in values):
+        return pending.value()
+    return pending
