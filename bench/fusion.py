@@ -1,8 +1,7 @@
 """Time batch norm with what follows it, in one pass and in several: bench_batchnorm.py --fusion.
 
-Rows are relu(bn(x)) and relu(bn(x) + r). Contenders: `fused`, BatchNormAct1d; `separate`, a
-plain FusedBatchNorm1d and torch's operations behind it; `nn`, nn.BatchNorm1d and these; `compile`, torch.compile of
-that.
+Rows are relu(bn(x)) and relu(bn(x) + r). Contenders: `fused`, BatchNormAct1d; `separate`, a plain FusedBatchNorm1d and
+torch's operations behind it; `nn`, nn.BatchNorm1d and these; `compile`, torch.compile of that.
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import copy
+import gc
 import linecache
 import logging
 import operator
 import pickle
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -361,6 +364,117 @@ def test_a_function_whose_code_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Block.forward, "__code__", other.__code__)
     assert_same(mine, native)
+
+
+@pytest.mark.parametrize("way", ["signature", "static", "mock", "defaults", "alias", "sequential"])
+def test_a_method_replaced_by_one_of_another_kind(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(Block):
+        def _impl(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return F.relu(self.bn(x)) * scale
+
+        forward = _impl
+
+    class Row(nn.Sequential):
+        pass
+
+    make = Row(nn.BatchNorm1d(C), nn.ReLU()) if way == "sequential" else Scaled()
+    mine, native = fused_and_native(make)
+    assert fuses(mine)
+    if way == "signature":
+        monkeypatch.setattr(Scaled, "forward", lambda self, x, scale=3.0, extra=1: self.bn(x) * scale + extra)
+        assert_same(lambda x: mine(x, extra=5), lambda x: native(x, extra=5))
+    elif way == "static":
+        monkeypatch.setattr(Scaled, "forward", staticmethod(lambda x: x * 3))
+    elif way == "mock":
+        with mock.patch.object(Scaled, "forward", return_value=torch.ones(1)) as patched:
+            assert mine(2) is native(2) and patched.call_args_list == [mock.call(2)] * 2
+        assert fuses(mine)
+    elif way == "defaults":
+        monkeypatch.setattr(Scaled._impl, "__defaults__", (5.0,))
+    elif way == "alias":
+        monkeypatch.setattr(Scaled, "_impl", lambda self, x: x * 0)  # forward is what it was
+    else:
+        monkeypatch.setattr(Row, "forward", lambda self, x: x * 0)
+    assert_same(mine, native)
+
+
+def test_a_class_converted_again_once_its_source_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class made for the old source is not taken for the new one; the old module says that it does not fuse."""
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.act(self.bn(self.fc(x))) * 2
+
+    old, _ = fused_and_native(Block())
+    monkeypatch.setattr(Block, "forward", forward)
+    new, native = fused_and_native(Block())
+    assert fuses(new) and bn_ext.fusion_report(new)[0].fused
+    assert not fuses(old) and not bn_ext.fusion_report(old)[0].fused
+    assert_same(new, native)
+
+
+def test_classes_that_nobody_holds_are_let_go() -> None:
+    def make() -> weakref.ref[type]:
+        large = torch.zeros(1)
+
+        class Local(Block):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(self.bn(x)) + large
+
+        model = bn_ext.convert(Local(), fuse=True)
+        assert fuses(model.double())
+        return weakref.ref(Local)
+
+    kind = make()
+    gc.collect()
+    assert kind() is None
+
+
+def test_an_empty_cell_and_many_names() -> None:
+    class Late(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            a = b = c = d = e = f = g = h = x
+            for _ in range(2):
+                a, b, c, d, e, f, g, h = h, a, b, c, d, e, f, g
+                a, b, c, d, e, f, g, h = b, c, d, e, f, g, h, a
+                a, b, c, d, e, f, g, h = c, d, e, f, g, h, a, b
+            return self.act(self.bn(a)) * later
+
+    mine = bn_ext.convert(Late(), fuse=True)
+    later = 2.0
+    assert fuses(mine.double())
+
+
+def test_a_subclass_of_the_container_has_its_own_forward() -> None:
+    class Doubled(bn_ext.BatchNormAct1d):
+        def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+            return self.act(self.norm(x) * 2)
+
+    mine, native = fused_and_native(Doubled(C))
+    assert not bn_ext.fusion_report(mine)[0].fused and not fuses(mine)
+    assert_same(mine, native)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickled_with_every_protocol_and_by_its_class(protocol: int) -> None:
+    mine, native = fused_and_native(nn.Sequential(Block(), nn.BatchNorm1d(C), nn.SiLU()))
+    loaded, kinds = pickle.loads(pickle.dumps((mine, [type(m) for m in mine.modules()]), protocol))
+    assert operators(loaded).count(ACT) == 2 and kinds == [type(m) for m in mine.modules()]
+    assert_same(loaded, native)
+
+
+def test_compiled_under_a_function_mode_and_global_hooks() -> None:
+    class Doubles(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            y = func(*args, **(kwargs or {}))
+            return y * 2 if func in (F.relu, torch.relu) else y
+
+    mine, native = fused_and_native(nn.Sequential(nn.BatchNorm1d(C), nn.ReLU()))
+    found = []
+    for model in (mine, native):
+        torch._dynamo.reset()
+        with Doubles():
+            found.append(torch.compile(model, backend="eager")(normal((8, C), F64)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("kind", ["function", "module", "norm", "method", "call"])

@@ -162,7 +162,7 @@ def expression(draw: Any, depth: int = 2) -> str:
 def statements(draw: Any, depth: int = 2, size: int = 5) -> list[str]:
     lines: list[str] = []
     for _ in range(draw(st.integers(1, size))):
-        kind = draw(st.integers(0, 17))
+        kind = draw(st.integers(0, 20))
         name, other = draw(st.sampled_from(NAMES)), draw(st.sampled_from(NAMES))
         if kind <= 4:
             lines.append(f"{name} = self.{draw(st.sampled_from(['bn1', 'bn2']))}({draw(expression(1))})")
@@ -201,6 +201,15 @@ def statements(draw: Any, depth: int = 2, size: int = 5) -> list[str]:
             )
         elif kind == 15:
             lines.append(f"{name} = self.helper({other})")
+        elif kind == 16:
+            lines.append(f"if self.{draw(st.sampled_from(['flag', 'none', 'bn1', 'relu']))} is not None:")
+            lines.append(f"    {name} = self.{draw(st.sampled_from(['bn1', 'relu', 'silu', 'chain']))}({name})")
+        elif kind == 17:
+            lines.append(
+                f"{name} = {draw(expression(1))} if {other} is b else self.down({draw(st.sampled_from(NAMES))})"
+            )
+        elif kind == 18:
+            lines.append(f"{name} = self.bn1.{draw(st.sampled_from(['running_mean', 'weight']))}.expand(6, {C})")
         else:
             f = draw(st.sampled_from(["F.relu", "self.silu", "self.gelu", "self.leaky"]))
             sides = draw(st.permutations([f"self.bn1({name})", draw(st.sampled_from(["x", "b", "self.down(b)"]))]))

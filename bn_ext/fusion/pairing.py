@@ -32,6 +32,7 @@ Activation = tuple[str, float]  # the operators' activation and negative_slope
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _function_modes = torch._C._len_torch_function_stack
 _FORWARD = FusedBatchNorm1d.forward
+_FUNCTIONAL = vars(F)
 # By the module's type: name, forward, and the function that this calls, by its name in torch.nn.functional.
 _ACTIVATION_MODULES: dict[type[nn.Module], tuple[str, Any, Any]] = {
     nn.ReLU: ("relu", nn.ReLU.forward, F.relu),
@@ -55,8 +56,11 @@ ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 def listens(module: nn.Module) -> bool:
-    """Return whether somebody listens to calls of module, or has given this one module other ones."""
-    state = module.__dict__
+    """Return whether somebody listens to calls of module, or has given it, or its class, other ones than torch's.
+
+    torch.export puts its own around nn.Module's, to record scopes.
+    """
+    state, kind = module.__dict__, type(module)
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -65,18 +69,14 @@ def listens(module: nn.Module) -> bool:
         or "forward" in state
         or "_call_impl" in state
         or "_compiled_call_impl" in state
+        or ((kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL) and not is_compiling())
     )
-
-
-def called_as_ever(kind: Any) -> bool:
-    """Return whether a call of kind's modules is nn.Module's; torch.export puts its own around it, to record scopes."""
-    return (kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL) or is_compiling()
 
 
 def is_norm(module: Any) -> bool:
     """Return whether a call of module is that of FusedBatchNorm1d and nothing else, here and now."""
     kind = type(module)
-    return kind is FusedBatchNorm1d and kind.forward is _FORWARD and called_as_ever(kind) and not listens(module)
+    return kind is FusedBatchNorm1d and kind.forward is _FORWARD and not listens(module)
 
 
 def activation_of(
@@ -87,9 +87,7 @@ def activation_of(
     known = _ACTIVATION_MODULES.get(kind)
     if known is not None:
         name, forward, called = known
-        if args or options or kind.forward is not forward or getattr(F, name) is not called or listens(function):
-            return None
-        if not called_as_ever(kind):
+        if args or options or kind.forward is not forward or _FUNCTIONAL[name] is not called or listens(function):
             return None
         if name == "leaky_relu":
             return _leaky(function.negative_slope, function.inplace)
@@ -306,7 +304,7 @@ def is_plain_sequential(module: Any) -> bool:
     stale = getattr(kind.forward, "__bn_ext_stale__", None)  # of a class that parents.py has made
     if stale() if stale is not None else not (kind is nn.Sequential and is_sequential(kind)):
         return False
-    return called_as_ever(kind) and not listens(module) and not _has_any_global_hook()
+    return not listens(module) and not _has_any_global_hook()
 
 
 def run_sequential(modules: Iterable[Any], input: Any, norm: Any) -> tuple[Any, Any]:

@@ -140,14 +140,16 @@ def _guarded(
     original: type[nn.Module], name: str, function: types.FunctionType, made: Any, today: Callable[..., Any]
 ) -> types.FunctionType:
     """Return a method that calls made, or what original has under that name by now, if that is another one."""
-    was = (function.__code__, function.__defaults__, function.__kwdefaults__)
+    code, defaults, kwdefaults = function.__code__, function.__defaults__, function.__kwdefaults__
 
     @torch.compiler.assume_constant_result
     def stale() -> bool:
-        if getattr(original, name, None) is not function:
-            return True
-        now = (function.__code__, function.__defaults__, function.__kwdefaults__)
-        return any(a is not b for a, b in zip(now, was, strict=True))
+        return (
+            getattr(original, name, None) is not function
+            or function.__code__ is not code
+            or function.__defaults__ is not defaults
+            or function.__kwdefaults__ is not kwdefaults
+        )
 
     # torch.jit.script resolves the names of the source, which it reads from what is wrapped, by this function's globals
     # and by the variables that it closes over.
@@ -161,10 +163,10 @@ def _guarded(
         return _made(self, *args, **kwargs)
 """
     module = compile(text, "<bn_ext>", "exec")
-    code = next(c for c in module.co_consts if isinstance(c, types.CodeType))
-    code = next(c for c in code.co_consts if isinstance(c, types.CodeType))
-    closure = tuple(types.CellType(mine[free]) if free in mine else cells[free] for free in code.co_freevars)
-    guarded = types.FunctionType(code, function.__globals__, function.__name__, None, closure)
+    factory = next(c for c in module.co_consts if isinstance(c, types.CodeType))
+    method = next(c for c in factory.co_consts if isinstance(c, types.CodeType))
+    closure = tuple(types.CellType(mine[free]) if free in mine else cells[free] for free in method.co_freevars)
+    guarded = types.FunctionType(method, function.__globals__, function.__name__, None, closure)
     functools.update_wrapper(guarded, function)
     guarded.__dict__["__bn_ext_current__"] = lambda: not stale()
     return guarded

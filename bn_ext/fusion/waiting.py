@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..modules import FusedBatchNorm1d
-from .pairing import Pending, begin, called_as_ever, listens
+from .pairing import Pending, begin, listens
 
 # Layers whose output is new memory, whatever they are given.
 _LAYERS = (
@@ -41,7 +41,7 @@ def why_not_inert(module: nn.Module, norm: nn.Module, input: Tensor | None = Non
     given = True  # whether a module may be handed what module is: no layer has made something new so far
     for part in module.modules():
         kind = type(part)
-        if kind not in INERT or kind.forward is not INERT[kind] or not called_as_ever(kind):
+        if kind not in INERT or kind.forward is not INERT[kind]:
             return f"{kind.__name__} may do anything"
         if listens(part):
             return f"its {kind.__name__} has hooks"
