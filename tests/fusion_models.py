@@ -1160,6 +1160,47 @@ class Unbound(Base):
         return self.relu(out)
 
 
+@model(2)
+class InnerFunctions(TorchvisionDown):
+    """Functions within the method, one of which has another self."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(y: Tensor) -> Tensor:
+            return F.relu(self.bn1(y) + self.down(y))
+
+        def other(self: Any, y: Tensor) -> Tensor:
+            return y + (1 if self.flag else 2)
+
+        holder = type("Holder", (), {"flag": True})()
+        return F.relu(self.bn2(block(x) + other(holder, x)))
+
+
+@model(0)
+class AnotherSelf(Kuangliu):
+    def forward(self, x: Tensor) -> Tensor:
+        bn, first = self.bn2, self
+        self = self.shortcut
+        y = bn(first.fc2(x))
+        y += self(x)
+        return F.relu(y) if first.down is not None else y.sigmoid()
+
+
+@model(0)
+class BoundByHandlers(TorchvisionDown):
+    def forward(self, x: Tensor) -> Tensor:
+        given = x
+        try:
+            raise ValueError
+        except ValueError as given:  # type: ignore[assignment]  # noqa: F841
+            pass
+        out = self.bn1(self.fc1(x))
+        identity = x
+        if self.relu is None:
+            identity = self.down(given)
+        out += identity
+        return self.relu(out)
+
+
 @model(1)
 class Aliases(TorchvisionDown):
     def forward(self, x: Tensor) -> Tensor:

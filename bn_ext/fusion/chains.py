@@ -98,6 +98,11 @@ class Body:
                         self.blocks[child] = (value, i)
         positional = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]
         self.self_name = positional[0] if positional else ""
+        if any(
+            isinstance(n, ast.Name) and n.id == self.self_name and not isinstance(n.ctx, ast.Load)
+            for n in ast.walk(tree)
+        ):
+            self.self_name = ""  # it may be something else by then
         others = (*tree.args.kwonlyargs, tree.args.vararg, tree.args.kwarg)
         self.parameters = {*positional, *(a.arg for a in others if a is not None)}
         named = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
@@ -127,6 +132,7 @@ class Body:
         """Return whether a local variable has a value wherever statement is reached."""
         named = (n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name)
         deleted = any(isinstance(n.ctx, ast.Del) for n in named)
+        deleted |= any(isinstance(n, ast.ExceptHandler) and n.name == name for n in ast.walk(self.tree))
         if not self._is_fast(name) or deleted or not self._is_own(statement):
             return False
         if name in self.parameters:
@@ -196,8 +202,11 @@ class Body:
         if other is not None:
             if other in norm_calls:
                 raise Stop("the addition is part of another batch norm's")
-            between = Between(self, self.statement_with(current))
+            statement = self.statement_with(current)
+            between = Between(self, statement)
             between.expression(other)
+            if (between.paths or between.attributes) and not self._is_own(statement):
+                raise Stop(f"{text_of(other)} runs before its output is read, in an inner function or a try")
             chain.take(between)
         return found
 
