@@ -52,11 +52,10 @@ def contenders(x: Tensor) -> dict[str, Callable[[], object]]:
     container, native = bn_ext.BatchNormAct1d(SHAPE[1]).eval(), sequential()
     written, by_hand = bn_ext.convert(Written().eval(), fuse=True), Written().eval()
     norm, act = paired[0], paired[1]
+    is_norm, undisturbed, activation_of = pairing.is_norm, pairing.undisturbed, pairing.activation_of
     return {
         "choose": lambda: choose(x),
-        "choose and decide": lambda: (
-            pairing.is_norm(norm) and pairing.undisturbed(x) and pairing.activation_of(act) is not None
-        ),
+        "choose and decide": lambda: is_norm(norm) and undisturbed(x) and activation_of(act),
         "nothing": lambda: None,
         "Sequential: paired": lambda: paired(x),
         "Sequential: FusedBatchNorm1d, apart": lambda: apart(x),

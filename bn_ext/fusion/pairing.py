@@ -55,13 +55,13 @@ KEEPS_RESIDUAL = ("silu", "gelu")  # their derivative needs the sum; torch's own
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-def listens(module: nn.Module) -> bool:
-    """Return whether somebody listens to calls of module, or has given it, or its class, other ones than torch's.
+def listens(module: nn.Module) -> object:
+    """Return what is true if somebody listens to calls of module, or has given it, or its class, others than torch's.
 
     torch.export puts its own around nn.Module's, to record scopes.
     """
     state, kind = module.__dict__, type(module)
-    return bool(
+    return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
@@ -125,16 +125,16 @@ def _leaky(slope: Any, inplace: Any) -> Activation | None:
 
 def _modes_listen() -> bool:
     """Return whether a TorchFunctionMode is on that may care for the activation's own call."""
-    depth = _function_modes()
-    return depth > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(depth))
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes()))
 
 
 def undisturbed(input: Any) -> bool:
     """Return whether the operators compute batch norm of input here, and nothing watches torch's functions."""
     if not isinstance(input, Tensor) or choose(input) is not ops.batch_norm or not 2 <= input.dim() <= 3:
         return False
-    # torch.export has modes of its own on.
-    return is_exporting() or not (_has_any_global_hook() or _modes_listen())
+    if not _function_modes() and not _has_any_global_hook():
+        return True
+    return is_exporting() or not (_has_any_global_hook() or _modes_listen())  # torch.export has modes of its own on
 
 
 def addable(input: Tensor, residual: Any) -> bool:
@@ -153,7 +153,6 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
 
     norm is_norm, input is undisturbed, residual addable.
     """
-    norm._check_input_dim(input)
     mean, var, weight, bias, batches, training, momentum, eps = state_of(norm)
     if not training and (mean is None or var is None):
         return None
