@@ -1202,6 +1202,48 @@ class BoundByHandlers(TorchvisionDown):
 
 
 @model(1)
+class Branches(Base):
+    """One activation behind the batch norms of two branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            y = self.bn1(self.fc1(x))
+        else:
+            y = self.bn2(self.fc1(x))
+        y = self.relu(y)
+        return self.fc2(y)
+
+
+@model(2)
+class Zipped(nn.Module):
+    """The activations are a list's elements, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm1d(C) for _ in range(3))
+        self.acts = nn.ModuleList([nn.ReLU(), nn.Tanh(), nn.GELU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for bn, act in zip(self.bns, self.acts, strict=True):
+            x = act(bn(x))
+        return x
+
+
+@model(2)
+class WritesItsInput(Base):
+    """A branch whose first layer writes into what it is given, which is then added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(C, C), nn.BatchNorm1d(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        y = self.relu(self.body(x) + x)
+        return F.gelu(self.bn1(y))
+
+
+@model(1)
 class Aliases(TorchvisionDown):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.fc1(x))

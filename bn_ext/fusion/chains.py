@@ -201,7 +201,7 @@ class Body:
                 found, other = call, call.args[0]
         if other is not None:
             if other in norm_calls:
-                raise Stop("the addition is part of another batch norm's")
+                raise Stop("what follows is part of another batch norm's")
             statement = self.statement_with(current)
             between = Between(self, statement)
             between.expression(other)

@@ -71,13 +71,18 @@ def _generates(tree: ast.FunctionDef) -> bool:
 
 
 def _resolve_claims(chains: list[Chain]) -> None:
-    """Let every addition and activation belong to one batch norm: to that which need not wait for other calls."""
+    """Let every addition and activation belong to one batch norm: to that which need not wait for other calls.
+
+    The activation of a variable may follow the batch norms of several branches, of which one has run.
+    """
     taken: set[ast.AST] = set()
     for chain in sorted(chains, key=lambda c: (len(c.paths), -c.call.lineno, -c.call.col_offset)):
-        parts = {part for part in (chain.add, chain.act) if part is not None}
-        if parts & taken:
+        shared = chain.add is None and chain.act is not None and bool(chain.act.args)
+        shared = shared and isinstance(chain.act.args[0], ast.Name)  # type: ignore[union-attr]
+        parts = {part for part in (chain.add, None if shared else chain.act) if part is not None}
+        if parts & taken or (shared and chain.act in taken):
             chain.add = chain.act = None
-            chain.reason = "the addition is part of another batch norm's"
+            chain.reason = "what follows is part of another batch norm's"
         taken |= parts
 
 
