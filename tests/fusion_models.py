@@ -1214,6 +1214,23 @@ class Branches(Base):
         return self.fc2(y)
 
 
+@model(3)
+class SumsInALoop(TorchvisionDown):
+    """A sum in place whose activation has another name, in a loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = 0
+        while i < 2:
+            h = self.bn1(x)
+            h += self.down(x)
+            x = F.relu(h)
+            i += 1
+        out = self.bn2(x)
+        out += x
+        y = self.relu(out)
+        return y
+
+
 @model(2)
 class Zipped(nn.Module):
     """The activations are a list's elements, too."""

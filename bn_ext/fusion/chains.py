@@ -244,7 +244,7 @@ class Body:
             if isinstance(reader, ast.AugAssign):
                 between.expression(reader.value)
                 chain.add = reader
-            elif inside is None and not self._dead_after(follower, name):
+            elif inside is None and not self._dead_after(follower, name, chain):
                 raise Stop(f"{name} is read again")
             if between.paths and chain.add is not None and not isinstance(reader, ast.AugAssign):
                 raise Stop("a call runs between the addition and the activation")
@@ -306,8 +306,8 @@ class Body:
             node = parent
         return loads[0]
 
-    def _dead_after(self, statement: ast.stmt, name: str) -> bool:
-        """Return whether the value that name had before statement can not be read after it."""
+    def _dead_after(self, statement: ast.stmt, name: str, chain: Chain) -> bool:
+        """Return whether the value that name had before statement can not be read after it; but by the chain itself."""
         if isinstance(statement, ast.Return):
             return True
         if name in names(targets(statement)):
@@ -321,7 +321,8 @@ class Body:
             assigned = isinstance(follower, ast.Assign) and not mentions(follower.value, name)
             return assigned and names(targets(follower)) == [name]
         reads = [n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name and not self._stores(n)]
-        return all(self._within(n, statement) for n in reads)
+        own = (statement,) if chain.add is None else (statement, chain.add)
+        return all(any(self._within(n, part) for part in own) for n in reads)
 
     def _stores(self, node: ast.Name) -> bool:
         return isinstance(node.ctx, ast.Store) and not isinstance(self.parents[node], ast.AugAssign)
