@@ -167,7 +167,7 @@ def fused(device: str) -> Any:
     for name, wrap in ways.items():
         for form in ("native", "fused", "reverted", "late"):
             torch.manual_seed(0)
-            blocks = (fusion_models.TorchvisionDown(), fusion_models.Kuangliu())
+            blocks = (fusion_models.residuals.TorchvisionDown(), fusion_models.residuals.Kuangliu())
             model = nn.Sequential(nn.Linear(6, 4), *blocks, nn.BatchNorm1d(4), nn.SiLU()).to(device, F64)
             if form in ("fused", "reverted"):
                 bn_ext.convert(model, fuse=True)
