@@ -162,7 +162,7 @@ def expression(draw: Any, depth: int = 2) -> str:
 def statements(draw: Any, depth: int = 2, size: int = 5) -> list[str]:
     lines: list[str] = []
     for _ in range(draw(st.integers(1, size))):
-        kind = draw(st.integers(0, 20))
+        kind = draw(st.integers(0, 21))
         name, other = draw(st.sampled_from(NAMES)), draw(st.sampled_from(NAMES))
         if kind <= 4:
             lines.append(f"{name} = self.{draw(st.sampled_from(['bn1', 'bn2']))}({draw(expression(1))})")
@@ -208,6 +208,8 @@ def statements(draw: Any, depth: int = 2, size: int = 5) -> list[str]:
             lines.append(
                 f"{name} = {draw(expression(1))} if {other} is b else self.down({draw(st.sampled_from(NAMES))})"
             )
+        elif kind == 21:
+            lines += [f"for layer in self.{draw(st.sampled_from(['layers', 'bns']))}:", f"    {name} = layer({name})"]
         elif kind == 18:
             lines.append(f"{name} = self.bn1.{draw(st.sampled_from(['running_mean', 'weight']))}.expand(6, {C})")
         else:
@@ -222,6 +224,7 @@ class Base(nn.Module):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm1d(C), nn.BatchNorm1d(C)
         self.bns = nn.ModuleList([nn.BatchNorm1d(C)])
+        self.layers = nn.ModuleList([self.bn1, nn.ReLU(), nn.Linear(C, C), nn.BatchNorm1d(C), nn.SiLU(), self.bn2])
         self.relu, self.silu, self.leaky, self.gelu = nn.ReLU(inplace=True), nn.SiLU(), nn.LeakyReLU(0.2), nn.GELU()
         self.fc, self.negate = nn.Linear(C, C), Negate()
         self.down = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(C, C))

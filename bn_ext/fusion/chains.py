@@ -49,7 +49,9 @@ class Chain:
     paths: list[str] = field(default_factory=list)
     attributes: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
-    finish: ast.If | None = None  # behind which the variable is computed if nothing in it has done so
+    # Behind which the variable is computed if nothing in it has done so.
+    finish: ast.If | None = None
+    loop: ast.For | None = None  # for layer in self.layers: x = layer(x)
     reason: str = ""
 
     @property
@@ -65,7 +67,7 @@ class Chain:
 
     @property
     def fuses(self) -> bool:
-        return self.add is not None or self.act is not None
+        return self.add is not None or self.act is not None or self.loop is not None
 
 
 class Body:
@@ -146,6 +148,14 @@ class Body:
             node = self.parents[node]
         return False
 
+    def loops_around(self, node: ast.AST) -> list[ast.AST]:
+        """Return the loops, and the generators of comprehensions, that node stands in."""
+        found: list[ast.AST] = []
+        while node is not self.tree:
+            node = self.parents[node]
+            found += [node] if isinstance(node, ast.For) else getattr(node, "generators", [])
+        return found
+
     def statement_with(self, node: ast.AST) -> ast.stmt:
         while not isinstance(node, ast.stmt):
             node = self.parents[node]
@@ -155,7 +165,9 @@ class Body:
 
     def follow(self, call: ast.Call, norm_calls: set[ast.Call]) -> Chain:
         """Return the chain of a batch norm's call; norm_calls are all of the method's."""
-        chain = Chain(call)
+        chain = Chain(call, loop=self._loop_of(call))
+        if chain.loop is not None:
+            return chain
         current: ast.expr | ast.AugAssign = call
         try:
             while True:
@@ -171,6 +183,24 @@ class Body:
         except Stop as stop:
             chain.reason = "" if chain.add is not None else str(stop)
         return chain
+
+    def _loop_of(self, call: ast.Call) -> ast.For | None:
+        """Return the loop whose body is `x = layer(x)` and nothing else, layer being an element of self's attribute."""
+        statement = self.parents[call]
+        loop = self.parents.get(statement)
+        if not isinstance(statement, ast.Assign) or not isinstance(loop, ast.For) or len(loop.body) > 1 or loop.orelse:
+            return None
+        layer, (given,), iterated = call.func, call.args, loop.iter
+        if (
+            not isinstance(layer, ast.Name)
+            or not isinstance(given, ast.Name)
+            or not isinstance(iterated, ast.Attribute)
+        ):
+            return None
+        alike = names([loop.target]) == [layer.id] and names(statement.targets) == [given.id] != [layer.id]
+        fast = self._is_fast(layer.id) and self._is_fast(given.id) and not self.reads_frames and self._is_own(loop)
+        plain = self.of_self(iterated.value) and self.pure(iterated) and len(statement.targets) == 1
+        return loop if alike and fast and plain else None
 
     def _act(self, current: ast.expr) -> ast.Call | None:
         """Return the call that applies an activation to current; raises Stop where another function does."""

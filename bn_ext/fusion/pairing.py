@@ -33,6 +33,7 @@ _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _function_modes = torch._C._len_torch_function_stack
 _FORWARD = FusedBatchNorm1d.forward
 _FUNCTIONAL = vars(F)
+_LIST_ITERATION = nn.ModuleList.__iter__
 # By the module's type: name, forward, and the function that this calls, by its name in torch.nn.functional.
 _ACTIVATION_MODULES: dict[type[nn.Module], tuple[str, Any, Any]] = {
     nn.ReLU: ("relu", nn.ReLU.forward, F.relu),
@@ -226,6 +227,19 @@ def begin(norm: Any, input: Any) -> Any:
         if norm is None:
             return input
     return Pending(norm, input) if undisturbed(input) else norm(input)
+
+
+def step(layer: Any, value: Any, layers: Any) -> Any:
+    """Return layer(value) in `for layer in layers: value = layer(value)`; value may wait, and the result then."""
+    if type(value) is Pending:
+        activation = activation_of(layer)
+        output = None if activation is None else value.then(activation)
+        if output is not None:
+            return output
+        value = value.value()
+    # Between two elements of a ModuleList no code of the user's runs.
+    listed = type(layers) is nn.ModuleList and nn.ModuleList.__iter__ is _LIST_ITERATION
+    return begin(layer, value) if listed else layer(value)
 
 
 def act(function: Any, value: Any, *args: Any, **options: Any) -> Any:

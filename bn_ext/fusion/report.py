@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from ..modules import LazyFusedBatchNorm1d
 from .container import BatchNormAct1d
 from .pairing import KEEPS_RESIDUAL, activation_of, is_norm, is_sequential, listens
 from .parents import FROM, SPEC, FusedParent, Spec, is_fused, is_of_torch, original_of, why_not
-from .rewrite import NORMS, Place, places_of, sites_of
+from .resolve import mangled
+from .rewrite import NORMS, Place, norms_of, places_of, sites_of
 from .waiting import path_of, why_not_inert
 from .watch import asks_for_class_named
 
@@ -151,7 +153,8 @@ class Analysis:
             if norm in self.entries:
                 objection = place.chain.reason or stale or ("" if fused else reason or NOT_CONVERTED)
                 objection = objection or _reason_of_norm(norm) or _reason_of_paths(module, place, norm)
-                self._add(norm, f"{own.__name__}.{name}, {file}:{place.line}", objection, place.activations, place)
+                followers = place.activations if place.chain.loop is None else _next_in_list(module, place, norm)
+                self._add(norm, f"{own.__name__}.{name}, {file}:{place.line}", objection, followers, place)
 
     # ---- entries ----
 
@@ -184,6 +187,14 @@ class Analysis:
             computes += f"; {inner} where autograd records"
         self.entries[norm].append(Fusion(self.names[norm], where, computes))
         return None
+
+
+def _next_in_list(module: nn.Module, place: Place, norm: nn.Module) -> list[Any]:
+    """Return what a loop over a list of self's calls after norm, as activations are given."""
+    assert place.chain.loop is not None
+    layers = module._modules.get(mangled(getattr(place.chain.loop.iter, "attr", ""), place.method.owner))
+    listed = list(layers._modules.values()) if type(layers) is nn.ModuleList else []
+    return [(after, (), {}) for before, after in itertools.pairwise(listed) if norm in norms_of([before])]
 
 
 def _own(module: nn.Module | None) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import types
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -31,9 +32,9 @@ class Names:
         self.owner = owner
         self._budget = _MANY
         self.function = function
-        self.bindings: dict[
-            str, list[tuple[ast.expr, bool]]
-        ] = {}  # name -> (expression, whether it is an element of it)
+        # name -> (expression, whether the name is an element of it, and the loop that makes it one)
+        self.bindings: dict[str, list[tuple[ast.expr, bool, ast.AST | None]]] = {}
+        self.loops: list[ast.AST] = []  # around what is asked for: a loop's variable is what that loop makes it
         self.unknown: set[str] = {a.arg for a in (*arguments[1:], *tree.args.kwonlyargs)}
         self._busy: set[str] = set()
         for node in ast.walk(tree):
@@ -43,16 +44,16 @@ class Names:
             elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
                 self._bind(node.target, node.value)
             elif isinstance(node, (ast.For, ast.comprehension)):
-                self._bind_element(node.target, node.iter)
+                self._bind_element(node.target, node.iter, node)
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Name):
-            self.bindings.setdefault(target.id, []).append((value, False))
+            self.bindings.setdefault(target.id, []).append((value, False, None))
         elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)):
             for one, part in zip(target.elts, value.elts):  # noqa: B905 (a star leaves the rest unknown)
                 self._bind(one, part)
 
-    def _bind_element(self, target: ast.expr, iterated: ast.expr) -> None:
+    def _bind_element(self, target: ast.expr, iterated: ast.expr, loop: ast.AST) -> None:
         """Bind the target of a loop over an expression: zip, enumerate, reversed, items and values are seen through."""
         name = ""
         if isinstance(iterated, ast.Call):
@@ -62,23 +63,23 @@ class Names:
         arguments = iterated.args if isinstance(iterated, ast.Call) else []
         if name == "zip" and len(elements) == len(arguments):
             for one, part in zip(elements, arguments, strict=True):
-                self._bind_element(one, part)
+                self._bind_element(one, part, loop)
         elif name == "enumerate" and len(elements) == 2 and arguments:
-            self._bind_element(elements[1], arguments[0])
+            self._bind_element(elements[1], arguments[0], loop)
         elif name in ("reversed", "list", "tuple", "iter") and len(arguments) == 1:
-            self._bind_element(target, arguments[0])
+            self._bind_element(target, arguments[0], loop)
         elif name in ("items", "named_children") and isinstance(iterated, ast.Call) and len(elements) == 2:
             if isinstance(iterated.func, ast.Attribute):
-                self._bind_element(elements[1], iterated.func.value)
+                self._bind_element(elements[1], iterated.func.value, loop)
         elif name in ("values", "children") and isinstance(iterated, ast.Call):
             if isinstance(iterated.func, ast.Attribute):
-                self._bind_element(target, iterated.func.value)
+                self._bind_element(target, iterated.func.value, loop)
         elif isinstance(target, ast.Name):
-            self.bindings.setdefault(target.id, []).append((iterated, True))
+            self.bindings.setdefault(target.id, []).append((iterated, True, loop))
 
-    def values(self, node: ast.expr) -> list[Any]:
-        """Return the objects that node can be, as far as they can be told."""
-        self._budget = _MANY
+    def values(self, node: ast.expr, loops: Sequence[ast.AST] = ()) -> list[Any]:
+        """Return the objects that node can be, as far as they can be told; loops are those that it stands in."""
+        self._budget, self.loops = _MANY, list(loops)
         return self._values(node)
 
     def _values(self, node: ast.expr) -> list[Any]:
@@ -116,7 +117,10 @@ class Names:
                 return []
             self._busy.add(name)
             found = []
-            for value, element in self.bindings[name]:
+            bindings = self.bindings[name]
+            if any(loop in self.loops for _, _, loop in bindings):
+                bindings = [b for b in bindings if b[2] is None or b[2] in self.loops]
+            for value, element, _ in bindings:
                 for object in self._values(value):
                     found += elements_of(object) if element else [object]
             self._busy.discard(name)

@@ -36,7 +36,7 @@ Sites = tuple[tuple[int, bool], ...]
 _HELPERS: dict[str, Any] = {
     "__bn_ext_pair__": pairing.pair, "__bn_ext_begin__": pairing.begin, "__bn_ext_wait__": waiting.wait,
     "__bn_ext_act__": pairing.act, "__bn_ext_act_method__": pairing.act_method, "__bn_ext_add__": pairing.add,
-    "__bn_ext_add_method__": pairing.add_method, "__bn_ext_finish__": pairing.finish,
+    "__bn_ext_add_method__": pairing.add_method, "__bn_ext_step__": pairing.step, "__bn_ext_finish__": pairing.finish,
     "__bn_ext_plus__": operator.add, "__bn_ext_iplus__": operator.iadd,
 }  # fmt: skip
 
@@ -151,17 +151,18 @@ def _holds_norm(module: nn.Module) -> bool:
 
 def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list[Place]:
     names = Names(module, method.function, method.tree, method.owner)
-    called = {c: _norms_of(names.values(c.func)) for c in calls_of(method.tree)}
+    calls = calls_of(method.tree)
+    body = _body(method, kind)
+    called = {c: norms_of(names.values(c.func, body.loops_around(c))) for c in calls}
     called = {call: norms for call, norms in called.items() if norms}
     if not called:
         return []
-    body = _body(method, kind)
     places = []
     for call, norms in called.items():
         chain = body.follow(call, set(called))
         activations: list[Any] = []
         if chain.act is not None:
-            activations = _activations(names, chain.act)
+            activations = _activations(names, chain.act, body.loops_around(chain.act))
             if not activations:
                 chain.reason = "" if chain.add is not None else f"{text_of(chain.act)} follows, which is none of ours"
                 chain.act = None
@@ -178,7 +179,7 @@ def _body(method: Method, kind: type[nn.Module], tree: ast.FunctionDef | None = 
     return Body(tree, method.function.__code__, kind, method.owner, values)
 
 
-def _norms_of(values: list[Any]) -> list[Any]:
+def norms_of(values: list[Any]) -> list[Any]:
     """Return the batch norms that a call of one of values ends with: its own, or the last of a Sequential."""
     found = []
     for value in values:
@@ -193,7 +194,7 @@ def _original(kind: type) -> type:
     return getattr(kind, "_bn_ext_from", kind)
 
 
-def _activations(names: Names, act: ast.Call) -> list[Any]:
+def _activations(names: Names, act: ast.Call, loops: list[ast.AST]) -> list[Any]:
     """Return what the call of an activation can be of what is known, with its arguments behind the first."""
     if isinstance(act.func, ast.Attribute) and act.func.attr in ACTIVATION_METHODS and not act.args:
         return [(ACTIVATION_METHODS[act.func.attr][0], (), {})]
@@ -201,7 +202,7 @@ def _activations(names: Names, act: ast.Call) -> list[Any]:
     options = {k.arg: value for k in act.keywords for value in names.values(k.value)[:1]}
     if len(args) + len(options) < len(act.args) - 1 + len(act.keywords):
         return []  # of an argument that cannot be told
-    return [(f, args, options) for f in names.values(act.func) if is_known(f)]
+    return [(f, args, options) for f in names.values(act.func, loops) if is_known(f)]
 
 
 def is_known(function: Any) -> bool:
@@ -286,7 +287,11 @@ def _name(name: str) -> ast.Name:
 
 def _plan(chain: Chain, self_name: str, edits: Edits) -> None:
     """Add the edits of one chain."""
-    call, add, act = chain.call, chain.add, chain.act
+    call, add, act, loop = chain.call, chain.add, chain.act, chain.loop
+    if loop is not None:
+        edits[call] = lambda n: _call("step", n.func, n.args[0], copy.deepcopy(loop.iter))
+        _finish_behind(loop, call.args[0], edits)
+        return
     if act is not None and add is None and act.args and act.args[0] is call and _constant(act):
         edits[act] = lambda n: _call("pair", n.func, call.func, call.args[0], *n.args[1:], keywords=n.keywords)
         return
@@ -313,7 +318,7 @@ def _constant(act: ast.Call) -> bool:
     return all(isinstance(a, ast.Constant) for a in (*act.args[1:], *(k.value for k in act.keywords)))
 
 
-def _finish_behind(statement: ast.If, name: ast.expr, edits: Edits) -> None:
+def _finish_behind(statement: ast.stmt, name: ast.expr, edits: Edits) -> None:
     """Compute a variable behind a statement in which an activation may have done so."""
     assert isinstance(name, ast.Name)
     before = edits.get(statement)
@@ -349,4 +354,4 @@ def _added(node: ast.AST, last: bool) -> ast.AST:
     return end(_call("add", node.func, *node.args))
 
 
-__all__ = ["Place", "Sites", "places_of", "rewritten", "sites_of"]
+__all__ = ["NORMS", "Place", "Sites", "norms_of", "places_of", "rewritten", "sites_of"]

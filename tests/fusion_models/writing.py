@@ -154,6 +154,51 @@ class Mixed(nn.Module):
 
 
 @model(2)
+class LayersInALoop(nn.Module):
+    """for layer in self.layers: x = layer(x), and a loop with more in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(inplace=True), nn.BatchNorm1d(C), nn.Tanh(), nn.BatchNorm1d(C)]
+        )
+        self.others = nn.ModuleList([nn.BatchNorm1d(C), nn.ReLU()])
+        self.tail = nn.ModuleList([nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)), nn.GELU(), nn.BatchNorm1d(C)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        x = x * 2
+        for layer in self.others:
+            y = x
+            x = layer(y)
+        for layer in self.tail:
+            x = layer(x)
+        return x
+
+
+class Loud(nn.ModuleList):
+    """A list whose iteration does something."""
+
+    def __iter__(self) -> Any:
+        for module in super().__iter__():
+            self.seen = getattr(self, "seen", 0) + int(self[0].num_batches_tracked)
+            yield module
+
+
+@model(0)
+class LoudLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Loud([nn.BatchNorm1d(C), nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@model(2)
 class ByName(nn.Module):
     def __init__(self) -> None:
         super().__init__()
