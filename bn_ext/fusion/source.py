@@ -53,6 +53,10 @@ def _parse(text: str) -> tuple[list[tuple[ast.FunctionDef, str | None]], list[as
     return list(_definitions(tree)), list(_imports(tree))
 
 
+# Definition, the class that this stands in, and imports, of a code: a model has many modules of few classes.
+_PROVEN: dict[tuple[str, types.CodeType], tuple[ast.FunctionDef, str | None, list[ast.stmt]]] = {}
+
+
 class Method:
     """A function of a class, its definition's syntax tree, and the name of the class that the definition stands in.
 
@@ -65,6 +69,10 @@ class Method:
         code = function.__code__
         if hasattr(function, "__wrapped__") or code.co_name == "<lambda>":
             raise Unreadable("it is decorated" if hasattr(function, "__wrapped__") else "it is a lambda")
+        key = (code.co_filename, code)  # codes of two files can be equal
+        if key in _PROVEN:
+            self.tree, self.owner, self.imports = _PROVEN[key]
+            return
         lines = linecache.getlines(code.co_filename, function.__globals__)
         if not lines:
             raise Unreadable("its source is not to be found")
@@ -82,6 +90,9 @@ class Method:
             self.tree, self.owner = node, owner
             try:
                 if _same(self._compile(copy.deepcopy(node), ()), code):
+                    if len(_PROVEN) > 1000:
+                        _PROVEN.clear()
+                    _PROVEN[key] = (self.tree, self.owner, self.imports)
                     return
             except SyntaxError:
                 pass
