@@ -399,7 +399,6 @@ def test_compiled_training(name: str) -> None:
     right = results(native, data(), (True,))
     torch._dynamo.reset()
     graphs = torch.compile(fused, backend="aot_eager")
-    fused.forward  # noqa: B018 (the compiled module shares parameters, buffers and counters with fused)
     torch.manual_seed(0)
     leaf = data().requires_grad_()
     fused.train()

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ..activation import ACTIVATIONS
+from ..activation import check_activation
 from ..modules import FusedBatchNorm1d
 from .pairing import Activation, activation_of, addable, compute, is_norm, undisturbed
 
@@ -19,9 +19,7 @@ def _module_of(activation: str | nn.Module | None, negative_slope: float) -> nn.
         return nn.Identity()
     if activation == "leaky_relu":
         return nn.LeakyReLU(negative_slope)
-    if activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation should be None, an nn.Module or one of {known}, but is {activation!r}")
+    check_activation(activation)
     kinds: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
     return kinds[activation]()
 

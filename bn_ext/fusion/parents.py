@@ -20,13 +20,12 @@ from torch import nn
 
 from . import waiting
 from .pairing import is_sequential, run_sequential
-from .rewrite import Sites, methods_of, rewritten
+from .rewrite import FROM, SPEC, Sites, methods_of, original_of_class, rewritten
 from .source import Unreadable
 from .watch import asks_for_its_class
 
 # Per method, the sites; for a Sequential whose forward is torch's, none.
 Spec = tuple[tuple[str, Sites], ...]
-FROM, SPEC = "_bn_ext_from", "_bn_ext_spec"  # attributes of the classes that are made here
 
 
 class FusedType(abc.ABCMeta):
@@ -180,8 +179,7 @@ def is_current(kind: Any) -> bool:
 
 def original_of(module: nn.Module) -> type[nn.Module]:
     """Return the class that module had before it was given one of ours."""
-    found: type[nn.Module] = vars(type(module)).get(FROM, type(module))
-    return found
+    return original_of_class(type(module))
 
 
 def is_fused(module: nn.Module) -> bool:

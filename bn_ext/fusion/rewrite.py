@@ -27,6 +27,7 @@ from .resolve import Names
 from .source import Method, Unreadable
 from .syntax import text_of
 
+FROM, SPEC = "_bn_ext_from", "_bn_ext_spec"  # attributes of the classes that parents.py makes
 NORMS = (FusedBatchNorm1d, LazyFusedBatchNorm1d)  # exactly these: a subclass has a forward of its own
 
 # What is done about a method: for each call of a batch norm, its number among the calls of the method's source and
@@ -183,15 +184,17 @@ def norms_of(values: list[Any]) -> list[Any]:
     """Return the batch norms that a call of one of values ends with: its own, or the last of a Sequential."""
     found = []
     for value in values:
-        while isinstance(value, nn.Sequential) and is_sequential(_original(type(value))) and value._modules:
+        while isinstance(value, nn.Sequential) and is_sequential(original_of_class(type(value))) and value._modules:
             value = list(value._modules.values())[-1]
         if type(value) in NORMS:
             found.append(value)
     return found
 
 
-def _original(kind: type) -> type:
-    return getattr(kind, "_bn_ext_from", kind)
+def original_of_class(kind: type) -> type:
+    """Return the class that kind was made of here, or kind."""
+    found: type = vars(kind).get(FROM, kind)
+    return found
 
 
 def _activations(names: Names, act: ast.Call, loops: list[ast.AST]) -> list[Any]:
@@ -354,4 +357,15 @@ def _added(node: ast.AST, last: bool) -> ast.AST:
     return end(_call("add", node.func, *node.args))
 
 
-__all__ = ["NORMS", "Place", "Sites", "norms_of", "places_of", "rewritten", "sites_of"]
+__all__ = [
+    "FROM",
+    "NORMS",
+    "SPEC",
+    "Place",
+    "Sites",
+    "norms_of",
+    "original_of_class",
+    "places_of",
+    "rewritten",
+    "sites_of",
+]
