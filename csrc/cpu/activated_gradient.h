@@ -42,7 +42,7 @@ inline void gradient_piece(const Piece<T>& p, const T* dy, const T* x, const T* 
   for_vectors<kN>(p.n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kN];
     const auto load = [&](const T* from, VecC<T>* to) __attribute__((always_inline)) {
-      load_pack(tail ? padded<kN>(from + v, p.n - v, from[p.n - 1], buffer) : from + v, to);
+      load_pack(tail ? padded<kN>(from + v, p.n - v, load_one<T>(from + p.n - 1), buffer) : from + v, to);
     };
     VecC<T> g[kVectors], value[kVectors], other[kVectors];
     load(dy, g);

@@ -91,36 +91,46 @@ inline float16 from_double<float16>(double value) {
   return float_to_float16(static_cast<float>(value));
 }
 
+// A tensor may begin at any byte (a view of a file's or a message's memory), so its elements are read and written by
+// these alone.
+template <class T>
+inline T load_one(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+template <class T>
+inline void store_one(void* p, T value) {
+  std::memcpy(p, &value, sizeof value);
+}
+
 // Element i of a per-channel vector, whatever its type.
 inline double load_element(const VectorRef& v, int64_t i) {
-  const int64_t at = i * v.stride;
+  const char* p = static_cast<const char*>(v.data) + i * v.stride * element_bytes(v.dtype);
   switch (v.dtype) {
     case DType::kFloat64:
-      return static_cast<const double*>(v.data)[at];
+      return load_one<double>(p);
     case DType::kBFloat16:
-      return to_double(static_cast<const bfloat16*>(v.data)[at]);
+      return to_double(load_one<bfloat16>(p));
     case DType::kFloat16:
-      return to_double(static_cast<const float16*>(v.data)[at]);
+      return to_double(load_one<float16>(p));
     default:
-      return static_cast<const float*>(v.data)[at];
+      return load_one<float>(p);
   }
 }
 inline double load_element(const VectorRef& v, int64_t i, double absent) { return v ? load_element(v, i) : absent; }
 
 inline void store_element(const VectorRef& v, int64_t i, double value) {
-  const int64_t at = i * v.stride;
+  char* p = static_cast<char*>(v.data) + i * v.stride * element_bytes(v.dtype);
   switch (v.dtype) {
     case DType::kFloat64:
-      static_cast<double*>(v.data)[at] = value;
-      break;
+      return store_one(p, value);
     case DType::kBFloat16:
-      static_cast<bfloat16*>(v.data)[at] = from_double<bfloat16>(value);
-      break;
+      return store_one(p, from_double<bfloat16>(value));
     case DType::kFloat16:
-      static_cast<float16*>(v.data)[at] = from_double<float16>(value);
-      break;
+      return store_one(p, from_double<float16>(value));
     default:
-      static_cast<float*>(v.data)[at] = static_cast<float>(value);
+      return store_one(p, static_cast<float>(value));
   }
 }
 

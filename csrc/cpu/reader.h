@@ -34,7 +34,7 @@ class Reader {
     int64_t at = v0 % fast;
     const T* group = row + v0 / fast * slow_stride;
     for (int64_t j = 0; j < n; ++j) {
-      buffer[j] = group[at * fast_stride];
+      buffer[j] = load_one<T>(group + at * fast_stride);
       if (++at == fast) {
         at = 0;
         group += slow_stride;
@@ -58,7 +58,7 @@ class Reader {
     const Strides& s = g_.strides[k_];
     const T* run = base_ + o * s.outer + c * s.channel + i0 * s.inner;
     if (direct_) return run;
-    for (int64_t j = 0; j < n; ++j) buffer[j] = run[j * s.inner];
+    for (int64_t j = 0; j < n; ++j) buffer[j] = load_one<T>(run + j * s.inner);
     return buffer;
   }
   // As a source of dy (Sources), which may depend on x.

@@ -110,7 +110,7 @@ inline void columns_chunk_double(const Geometry& g, const Reader<T>& x, const Co
   const T* first = x.row(t.r0, t.v0, t.n, buffer);
   for (int64_t v = 0; v < t.n; ++v) {
     const int64_t lead = lead_column(g, v);
-    shift[v] = lead == v ? finite_or_zero(first[v]) : shift[lead];
+    shift[v] = lead == v ? finite_or_zero(load_one<T>(first + v)) : shift[lead];
   }
   std::fill(shift + t.n, shift + padded_size(t.n), 0.0);
   for_row_groups<kRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, int64_t, const T* const* rows) {
@@ -172,7 +172,7 @@ inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t c
   const PlaneChunk p = plane_chunk(g, chunk);
   T buffer[kGather];
   // The shift also fills the last vector's unused lanes, where it must give a difference of exactly zero.
-  const T first = *x.run(p.o0, c, p.i0, 1, buffer);
+  const T first = load_one<T>(x.run(p.o0, c, p.i0, 1, buffer));
   const bool finite = is_finite(to_double(first));
   const T fill = finite ? first : T();
   const double shift = finite ? to_double(first) : 0.0;

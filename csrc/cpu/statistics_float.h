@@ -175,7 +175,8 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
     VecF value;
     if (tail) {
       float buffer[kLanesF] = {};
-      for (int64_t j = 0; j < kLanesF; ++j) buffer[j] = i + j < n ? static_cast<float>(to_double(p[i + j])) : shift;
+      for (int64_t j = 0; j < kLanesF; ++j)
+        buffer[j] = i + j < n ? static_cast<float>(to_double(load_one<T>(p + i + j))) : shift;
       value = load_raw<VecF>(buffer);
     } else {
       value = widen<kLanesF>(p + i);
@@ -194,9 +195,9 @@ inline float plane_shift(const Reader<T>& x, const PlaneChunk& p, int64_t c) {
   const int64_t few = std::min(kShiftRows, p.n);
   if (few < 1) __builtin_unreachable();  // a chunk has values
   const T* first = x.run(p.o0, c, p.i0, few, buffer);
-  const float base = static_cast<float>(to_double(first[0]));
+  const float base = static_cast<float>(to_double(load_one<T>(first)));
   float sum = 0;
-  for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(first[i])) - base;
+  for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(load_one<T>(first + i))) - base;
   const float shift = base + sum / static_cast<float>(few);
   return is_finite(shift) ? shift : 0;
 }

@@ -48,7 +48,7 @@ inline Vec<float, N> widen(const float16* p) {
   if constexpr (N == 4) return (Vec<float, 4>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #endif
   Vec<float, N> v;
-  for (int i = 0; i < N; ++i) v[i] = static_cast<float>(to_double(p[i]));
+  for (int i = 0; i < N; ++i) v[i] = static_cast<float>(to_double(load_one<float16>(p + i)));
   return v;
 }
 
@@ -76,7 +76,7 @@ inline void narrow(float16* p, Vec<float, N> v) {
 #if BN_LEVEL >= 1
   if constexpr (N == 8) return store_raw(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
-  for (int i = 0; i < N; ++i) p[i] = float_to_float16(v[i]);
+  for (int i = 0; i < N; ++i) store_one(p + i, float_to_float16(v[i]));
 }
 
 // Where pieces lie apart in memory, what is read this much later is asked for early: the hardware's prefetchers stop at
@@ -221,7 +221,7 @@ inline VecD load_double(const T* p) {
 // The first n of N elements, the rest filled: for the end of a row, where a whole vector would leave it.
 template <int N, class T>
 inline const T* padded(const T* p, int64_t n, T fill, T* buffer) {
-  for (int i = 0; i < N; ++i) buffer[i] = i < n ? p[i] : fill;
+  for (int i = 0; i < N; ++i) buffer[i] = i < n ? load_one<T>(p + i) : fill;
   return buffer;
 }
 
