@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .dispatch import Implementation, fused_batch_norm, has_kernel, overrides_functions
+from .dispatch import (
+    Implementation,
+    are_numbers,
+    fused_batch_norm,
+    leave_to_torch,
+    overrides_functions,
+    restored_on_error,
+)
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
 
@@ -104,13 +111,14 @@ def fused_batch_norm_act(
     can be added to the batch norm of input. inplace: write into input, in evaluation without autograd only.
     """
     check_call(input, residual, training, inplace, weight, bias)
-    if not training and (running_mean is None or running_var is None):
+    if not are_numbers(momentum, eps) or not (training or (running_mean is not None and running_var is not None)):
         return None  # native words the error
     if implementation is not ops.batch_norm or not (residual is None or fits(input, residual)):
-        output = fused_batch_norm(
-            implementation, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
-        )
-        return None if output is None else finish(output, input, residual, activation, negative_slope, inplace)
+        arguments = (running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps)
+        changed = (running_mean, running_var, num_batches_tracked) if training else ()
+        with restored_on_error(*changed):  # the addition may raise
+            output = fused_batch_norm(implementation, input, *arguments)
+            return None if output is None else finish(output, input, residual, activation, negative_slope, inplace)
     name = activation or "identity"
     try:
         if inplace:
@@ -122,9 +130,8 @@ def fused_batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
             name, negative_slope,
         )  # fmt: skip
-    except NotImplementedError:
-        if has_kernel(input):
-            raise
+    except (RuntimeError, ValueError) as error:
+        leave_to_torch(error, input)
         return None
 
 

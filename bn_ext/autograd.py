@@ -39,16 +39,19 @@ class BatchNormGradients(torch.autograd.Function):
         variance: Tensor | None,
         eps: float,
         mask: Mask,
+        bias_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if variance is None:
-            return ops.batch_norm_backward(grad_output, input, weight, statistics, mask)  # type: ignore[no-any-return]
+            return ops.batch_norm_backward(  # type: ignore[no-any-return]
+                grad_output, input, weight, statistics, mask, bias_dtype
+            )
         return ops.batch_norm_inference_backward(  # type: ignore[no-any-return]
-            grad_output, input, weight, statistics, variance, eps, mask
+            grad_output, input, weight, statistics, variance, eps, mask, bias_dtype
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.eps, mask = inputs
+        *tensors, ctx.eps, mask, _ = inputs
         ctx.mark_non_differentiable(*(t for t, wanted in zip(output, mask, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -56,7 +59,7 @@ class BatchNormGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> Gradients:
         if all(gradient is None for gradient in arriving):
-            return (None,) * 7
+            return (None,) * 8
         grad_output, input, weight, statistics, variance = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         first = (*arriving, grad_output, input, weight)
@@ -67,17 +70,17 @@ class BatchNormGradients(torch.autograd.Function):
             found = ops.batch_norm_double_backward(*first, statistics, wanted)
         else:
             found = ops.batch_norm_inference_double_backward(*first, statistics, variance, ctx.eps, wanted)
-        return _only(wanted, found, 7)
+        return _only(wanted, found, 8)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, tuple[int, int, int]]:
         """Go by the rules of the operations that the composite is made of."""
-        grad_output, input, weight, statistics, variance, eps, mask = inputs
+        grad_output, input, weight, statistics, variance, eps, mask, bias_dtype = inputs
         mean = None if variance is None else statistics
         mean_dim = None if variance is None else in_dims[3]
 
         def composite(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            return ops.batch_norm_composite_backward(*tensors, eps, mask)  # type: ignore[no-any-return]
+            return ops.batch_norm_composite_backward(*tensors, eps, mask, bias_dtype)  # type: ignore[no-any-return]
 
         dims = (*in_dims[:3], mean_dim, in_dims[4])
         return torch.vmap(composite, dims)(grad_output, input, weight, mean, variance), (0, 0, 0)
@@ -107,6 +110,7 @@ class BatchNormTraining(torch.autograd.Function):
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], inputs[1], saved)
+        ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
         ctx.eps = inputs[7]
 
     @staticmethod
@@ -117,10 +121,10 @@ class BatchNormTraining(torch.autograd.Function):
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             found = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
-                grad_output, input, weight, saved, None, ctx.eps, mask
+                grad_output, input, weight, saved, None, ctx.eps, mask, ctx.bias_dtype
             )
         else:
-            found = ops.batch_norm_backward(grad_output, input, weight, saved, mask)
+            found = ops.batch_norm_backward(grad_output, input, weight, saved, mask, ctx.bias_dtype)
         return _only(mask, found, 8)
 
 
@@ -144,6 +148,7 @@ class BatchNormInference(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], inputs[1], inputs[3], inputs[4])
+        ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
         ctx.eps = inputs[5]
 
     @staticmethod
@@ -154,11 +159,11 @@ class BatchNormInference(torch.autograd.Function):
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             found = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
-                grad_output, input, weight, running_mean, running_var, ctx.eps, mask
+                grad_output, input, weight, running_mean, running_var, ctx.eps, mask, ctx.bias_dtype
             )
         else:
             found = ops.batch_norm_inference_backward(
-                grad_output, input, weight, running_mean, running_var, ctx.eps, mask
+                grad_output, input, weight, running_mean, running_var, ctx.eps, mask, ctx.bias_dtype
             )
         return _only(mask, found, 6)
 

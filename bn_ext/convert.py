@@ -51,8 +51,9 @@ def convert(model: Model, fuse: bool = False) -> Model:
     """Make every BatchNorm1d and LazyBatchNorm1d of model a fused one, in place, and return model.
 
     The modules stay the objects that they are, so parameters, buffers, hooks, training flag, dtype, device, optimizer
-    references and sharing are kept. Subclasses of BatchNorm1d, SyncBatchNorm and the 2-D and 3-D variants are left
-    alone. It succeeds, or raises and leaves the model as it was.
+    references and sharing are kept. Subclasses of BatchNorm1d (those that fully_shard and parametrizations make among
+    them), SyncBatchNorm and the 2-D and 3-D variants are left alone, and reported. It succeeds, or raises and leaves
+    the model as it was.
 
     With fuse, what calls a batch norm also has it computed in one pass with the activation (ReLU, LeakyReLU, SiLU,
     exact GELU; module, function or method) that alone reads its output, and with an addition before that:
@@ -63,8 +64,8 @@ def convert(model: Model, fuse: bool = False) -> Model:
       subclass of its class, of the same name, whose method differs in these calls alone.
 
     Batch norms and activations stay what they are: one that is replaced, hooked, parametrized, synchronised or folded
-    later is called as ever. What is computed where, and why not more, is in bn_ext.fusion_report(model), and logged to
-    "bn_ext" at level INFO.
+    later is called as ever. What is computed where, why not more, and what was left alone is in
+    bn_ext.fusion_report(model), and logged to "bn_ext" at level INFO; without fuse, what was left alone.
     """
     undo = _Undo()
     try:
@@ -76,14 +77,13 @@ def convert(model: Model, fuse: bool = False) -> Model:
     except BaseException:
         undo.all()
         raise
-    if fuse and logger.isEnabledFor(logging.INFO):
+    if logger.isEnabledFor(logging.INFO):
         for entry in fusion_report(model):
-            logger.info("%s (%s): %s%s", entry.name, entry.where, entry.computes, _because(entry))
+            if fuse or not entry.converted:
+                what = "not fused" if entry.converted else "left alone"
+                because = f", {what}: {entry.reason}" if entry.reason else ""
+                logger.info("%s (%s): %s%s", entry.name, entry.where, entry.computes, because)
     return model
-
-
-def _because(entry: Fusion) -> str:
-    return f", not fused: {entry.reason}" if entry.reason else ""
 
 
 def _fuse(model: nn.Module, undo: _Undo) -> None:
@@ -112,7 +112,10 @@ def revert(model: Model) -> Model:
 
 
 def fusion_report(model: nn.Module) -> list[Fusion]:
-    """Return every place where model calls a FusedBatchNorm1d: what is computed there now, and why that is no more."""
+    """Return every place where model calls a FusedBatchNorm1d: what is computed there now, and why that is no more.
+
+    Batch norms that convert leaves alone are there too, with the reason.
+    """
     return Analysis(model).report()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch._C import _disabled_torch_function_impl as _no_override
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from . import autograd, ops
 from ._guard import read_record
@@ -27,6 +32,38 @@ def has_kernel(input: Tensor) -> bool:
     """Return whether input is a plain strided tensor on a device that this build has kernels for."""
     plain = type(input) in (Tensor, torch.nn.Parameter) and input.layout == torch.strided
     return plain and input.device.type in KERNEL_DEVICES
+
+
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def is_foreign(input: Tensor) -> bool:
+    """Return whether input is of a type whose __torch_dispatch__ knows torch's operators alone, as most do."""
+    kind = type(input)
+    if kind is Tensor or kind is torch.nn.Parameter or issubclass(kind, (FakeTensor, FunctionalTensor)):
+        return False
+    return getattr(kind, "__torch_dispatch__", _PLAIN) is not _PLAIN
+
+
+_function_modes = torch._C._len_torch_function_stack
+
+
+def modes_listen() -> bool:
+    """Return whether a TorchFunctionMode is on that may care for the calls of torch's functions.
+
+    torch.set_default_device has one on too, which cares for functions that make tensors.
+    """
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes()))
+
+
+# torch.nn.functional.batch_norm as it was at import, and functional.py's: who puts another there wants to be called.
+_FUNCTIONAL = vars(F)
+KNOWN = {F.batch_norm}
+
+
+def is_watched() -> bool:
+    """Return whether somebody is to see the call of torch.nn.functional.batch_norm that torch's own forward makes."""
+    return _FUNCTIONAL["batch_norm"] not in KNOWN or (_function_modes() > 0 and modes_listen())
 
 
 def transforms_supported() -> bool:
@@ -50,7 +87,8 @@ def choose(input: Tensor) -> Implementation | None:
     """Return what computes batch norm where the call stands, or None where torch's own has to.
 
     The operator is for eager calls, torch.compile, torch.export and torch.jit.trace; the Functions are for
-    torch.func.grad and vjp. Torch's own is for forward-mode AD, vmap, ONNX and tensor types that override functions.
+    torch.func.grad and vjp. Torch's own is for forward-mode AD, vmap, ONNX, tensor types that override functions or
+    operators, and where a TorchFunctionMode or who has replaced torch's batch_norm is to see it.
     """
     if overrides_functions(input) or forward_ad._current_level >= 0:
         return None
@@ -59,11 +97,47 @@ def choose(input: Tensor) -> Implementation | None:
     if torch.compiler.is_compiling():
         # A graph is made once and run later: whether there is a kernel is settled now. Export shows fake tensors here.
         plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else input.device.type in KERNEL_DEVICES
-        if not plain or torch.onnx.is_in_onnx_export():
+        if not plain or torch.onnx.is_in_onnx_export() or (torch.compiler.is_dynamo_compiling() and is_watched()):
             return None
-    elif _get_tracing_state() and torch.onnx.is_in_onnx_export():
+    elif is_watched() or is_foreign(input) or (_get_tracing_state() and torch.onnx.is_in_onnx_export()):
         return None
     return cast(Implementation, ops.batch_norm)
+
+
+def leave_to_torch(error: Exception, input: Tensor) -> None:
+    """Return where torch's own batch norm is to take over from an operator that raised error, else raise it.
+
+    It computes what there is no kernel for, and words the errors of what is no number or is printed as it was given.
+    """
+    text = str(error)
+    if text.startswith("float division by zero"):
+        raise ZeroDivisionError("float division by zero") from None
+    of_arguments = "() Expected a value of type" in text or text.startswith("batch_norm eps must be")
+    if not of_arguments and (not isinstance(error, NotImplementedError) or has_kernel(input)):
+        raise error
+
+
+@contextmanager
+def restored_on_error(*tensors: Tensor | None) -> Iterator[None]:
+    """Give tensors the values back that they had, if what is done inside raises."""
+    if torch.compiler.is_compiling() or _get_tracing_state():
+        yield  # what is recorded here would run in every call
+        return
+    with torch._C.DisableTorchFunction():  # who listens hears what torch's own forward does, and no more
+        kept = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+    try:
+        yield
+    except BaseException:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        raise
+
+
+def are_numbers(momentum: object, eps: object) -> bool:
+    """Return whether both are what a schema's float takes without asking them to become one."""
+    kinds = (float, int)
+    return isinstance(eps, kinds) and (momentum is None or isinstance(momentum, kinds))
 
 
 def fused_batch_norm(
@@ -83,13 +157,12 @@ def fused_batch_norm(
     implementation is what choose returned. training selects the batch's own statistics. momentum None is the cumulative
     average 1 / num_batches_tracked.
     """
-    if not training and (running_mean is None or running_var is None):
+    if not are_numbers(momentum, eps) or not (training or (running_mean is not None and running_var is not None)):
         return None  # native words the error
     try:
         return implementation(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
-    except NotImplementedError:
-        if has_kernel(input):
-            raise
+    except (RuntimeError, ValueError) as error:
+        leave_to_torch(error, input)
         return None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import (
+    TorchFunctionMode,
+    _pop_mode,
+    _push_mode,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
 
 from .activation import activate, check_activation, check_call, finish, fused_batch_norm_act
-from .dispatch import choose, fused_batch_norm
+from .dispatch import KNOWN, choose, fused_batch_norm, restored_on_error
+
+_native_batch_norm = F.batch_norm  # as it is at import: somebody may put ours there
 
 
 def batch_norm(
@@ -76,7 +86,7 @@ def batch_norm(
         )
         if output is not None:
             return output
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _native_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _overridden(*arguments: Any) -> Tensor:
@@ -85,7 +95,9 @@ def _overridden(*arguments: Any) -> Tensor:
     after: dict[str, Any] = {}
     if residual is not None or activation is not None or inplace:
         after = {"residual": residual, "activation": activation, "negative_slope": negative_slope, "inplace": inplace}
-    return handle_torch_function(batch_norm, arguments[:5], *arguments[:8], **after)
+    names = ("weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, arguments[3:8], strict=True))  # by name, as torch's own passes them on
+    return handle_torch_function(batch_norm, arguments[:5], *arguments[:3], **(given | after))
 
 
 def _batch_norm_act(
@@ -112,5 +124,40 @@ def _batch_norm_act(
         if output is not None:
             return output
     check_call(input, residual, training, inplace, weight, bias)
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return finish(output, input, residual, activation, negative_slope, inplace)
+    with restored_on_error(*((running_mean, running_var) if training else ())):
+        output = _native_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return finish(output, input, residual, activation, negative_slope, inplace)
+
+
+KNOWN.add(batch_norm)
+
+
+class _Kernels(TorchFunctionMode):
+    """Computes what is left of a call of torch.nn.functional.batch_norm with our kernels."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        ours = function is _native_batch_norm and all(kind in (Tensor, torch.nn.Parameter) for kind in types)
+        return (batch_norm if ours else function)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernels_beneath_modes() -> Iterator[None]:
+    """Let every TorchFunctionMode see torch.nn.functional.batch_norm called, and our kernels do what they pass on."""
+    above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    if not above:
+        yield
+        return
+    try:
+        with _Kernels():
+            for mode in reversed(above):
+                _push_mode(mode)
+            try:
+                yield
+            finally:
+                for _ in above:
+                    _pop_mode()
+    finally:
+        for mode in reversed(above):
+            _push_mode(mode)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.jit.script reads, see below)
 from torch import Tensor, nn
 
-from .dispatch import choose, fused_batch_norm
+from .dispatch import choose, fused_batch_norm, restored_on_error
+from .functional import kernels_beneath_modes
+
+_OF_TORCH = nn.BatchNorm1d.__module__  # as it is at import: who puts a class of ours into torch.nn still gets this
 
 
 def mark_as_leaf(module: nn.Module) -> None:
     """Have torch.fx keep module whole, as it keeps torch's own: it goes by an instance's __module__."""
-    vars(module)["__module__"] = nn.BatchNorm1d.__module__
+    vars(module)["__module__"] = _OF_TORCH
 
 
 # What a call of a batch norm goes by beside its input: running_mean, running_var, weight, bias, num_batches_tracked,
@@ -30,9 +34,11 @@ def state_of(norm: nn.BatchNorm1d) -> State:
         mean, var = buffers["running_mean"], buffers["running_var"]
         batches = buffers["num_batches_tracked"]
     except KeyError:
+        mean = var = batches = None
+        if not norm.training or norm.track_running_stats:  # else they may be missing
+            mean, var = norm.running_mean, norm.running_var
+            batches = norm.num_batches_tracked if norm.training else None
         weight, bias = norm.weight, norm.bias
-        mean, var = norm.running_mean, norm.running_var
-        batches = norm.num_batches_tracked if norm.training else None
     training = norm.training
     if training and not norm.track_running_stats:
         mean = var = batches = None
@@ -73,24 +79,23 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         implementation = choose(input)
         if implementation is None:
-            return super().forward(input)
+            return self._native(input)
         self._check_input_dim(input)
         state = state_of(self)
         output = fused_batch_norm(implementation, input, *state)
-        return self._native(input, state[4]) if output is None else output
+        return self._native(input) if output is None else output
 
     # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.
     forward.__wrapped__ = nn.BatchNorm1d.forward  # type: ignore[attr-defined]
 
-    def _native(self, input: Tensor, batches: Tensor | None) -> Tensor:
+    def _native(self, input: Tensor) -> Tensor:
         """Run torch's own forward where no kernel ran; it counts the batch even when it then raises."""
-        before = None if batches is None else batches.clone()
-        try:
+        if torch.compiler.is_compiling():
             return super().forward(input)
-        except Exception:
-            if before is not None and batches is not None:
-                batches.copy_(before)
-            raise
+        mean, var, _, _, batches, training, *_ = state_of(self)
+        changed = (mean, var, batches) if training else ()
+        with restored_on_error(*changed), kernels_beneath_modes():
+            return super().forward(input)
 
 
 class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):

@@ -19,9 +19,9 @@ using ForwardSchema = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTe
 using InferenceSchema = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                const Tensor&, double);
 using BackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                 std::array<bool, 3>);
+                                 std::array<bool, 3>, OptionalType);
 using InferenceBackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                          const Tensor&, double, std::array<bool, 3>);
+                                          const Tensor&, double, std::array<bool, 3>, OptionalType);
 using DoubleBackwardSchema = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                        const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                        std::array<bool, 3>);
@@ -63,6 +63,9 @@ variable_list as_inputs(const Gradients& g, std::array<bool, 3> mask, size_t inp
 }
 
 std::array<bool, 3> mask_of(int64_t bits) { return {bool(bits & 1), bool(bits & 2), bool(bits & 4)}; }
+int64_t bits_of(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return input.requires_grad() + 2 * requires_grad(weight) + 4 * requires_grad(bias) + type_bits(bias);
+}
 
 // A transform of torch.func takes no node in C++, nor does forward mode, and torch's older vmap (is_grads_batched)
 // would run the kernels row by row, without a graph: there the gradients are made of differentiable operations.
@@ -88,9 +91,10 @@ struct FirstGradients : torch::autograd::Function<FirstGradients> {
                                double eps, int64_t bits) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto mask = mask_of(bits);
-    const auto [dx, dw, db] = has(variance)
-                                  ? inference_backward_op().call(dy, input, weight, statistics, *variance, eps, mask)
-                                  : backward_op().call(dy, input, weight, statistics, mask);
+    const auto type = type_of(bits);
+    const auto [dx, dw, db] =
+        has(variance) ? inference_backward_op().call(dy, input, weight, statistics, *variance, eps, mask, type)
+                      : backward_op().call(dy, input, weight, statistics, mask, type);
     ctx->save_for_backward({dy, input, weight.value_or(Tensor()), statistics, variance.value_or(Tensor())});
     ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = eps;
@@ -138,7 +142,7 @@ variable_list differentiable(const Tensor& dy, const Tensor& input, const Option
   const auto mask = mask_of(bits);
   if (needs_composite({&dy, &input, weight.has_value() ? &*weight : &dy})) {
     const OptionalTensor mean = has(variance) ? OptionalTensor(statistics) : std::nullopt;
-    return as_inputs(composite_backward(dy, input, weight, mean, variance, eps, mask), mask, inputs);
+    return as_inputs(composite_backward(dy, input, weight, mean, variance, eps, mask, type_of(bits)), mask, inputs);
   }
   const variable_list made = FirstGradients::apply(dy, input, weight, statistics, variance, eps, bits);
   variable_list list(inputs);
@@ -160,7 +164,7 @@ struct Training : torch::autograd::Function<Training> {
     ctx->save_for_backward({input, weight.value_or(Tensor()), saved});
     ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["mask"] = int64_t(input.requires_grad() + 2 * requires_grad(weight) + 4 * requires_grad(bias));
+    ctx->saved_data["mask"] = bits_of(input, weight, bias);
     return output;
   }
 
@@ -175,7 +179,7 @@ struct Training : torch::autograd::Function<Training> {
       const double eps = ctx->saved_data["eps"].toDouble();
       return differentiable(dy, saved[0], weight, saved[2], {}, eps, bits, 8);
     }
-    return as_inputs(backward_op().call(dy, saved[0], weight, saved[2], mask), mask, 8);
+    return as_inputs(backward_op().call(dy, saved[0], weight, saved[2], mask, type_of(bits)), mask, 8);
   }
 };
 
@@ -184,12 +188,13 @@ struct Inference : torch::autograd::Function<Inference> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps) {
     at::AutoDispatchBelowADInplaceOrView below;
+    Tensor output = inference_op().call(input, weight, bias, running_mean, running_var, eps);
     // Copies: a training step between this forward and its backward may move the running statistics.
     ctx->save_for_backward({input, weight.value_or(Tensor()), running_mean.clone(), running_var.clone()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["mask"] = int64_t(input.requires_grad() + 2 * requires_grad(weight) + 4 * requires_grad(bias));
-    return inference_op().call(input, weight, bias, running_mean, running_var, eps);
+    ctx->saved_data["mask"] = bits_of(input, weight, bias);
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -201,7 +206,8 @@ struct Inference : torch::autograd::Function<Inference> {
     const OptionalTensor weight = optional(saved[1]);
     const double eps = ctx->saved_data["eps"].toDouble();
     if (at::GradMode::is_enabled()) return differentiable(dy, saved[0], weight, saved[2], saved[3], eps, bits, 6);
-    return as_inputs(inference_backward_op().call(dy, saved[0], weight, saved[2], saved[3], eps, mask), mask, 6);
+    return as_inputs(inference_backward_op().call(dy, saved[0], weight, saved[2], saved[3], eps, mask, type_of(bits)),
+                     mask, 6);
   }
 };
 
@@ -211,8 +217,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                   double eps) {
   if (training) {
-    return std::get<0>(
-        forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps));
+    const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
+    return std::get<0>(forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps));
   }
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
@@ -225,10 +231,16 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
                            double eps) {
   check_no_gradient(running_mean, "running_mean");
   check_no_gradient(running_var, "running_var");
+  check_can_be_counted(num_batches_tracked);
   const bool graph =
       at::GradMode::is_enabled() && (input.requires_grad() || requires_grad(weight) || requires_grad(bias));
+  if (graph) {
+    check_can_be_saved(input);
+    if (has(weight)) check_can_be_saved(*weight);
+  }
   if (graph && training) {
-    return Training::apply(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
+    const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
+    return Training::apply(input, weight, bias, running_mean, running_var, count, momentum, eps);
   }
   if (graph && has(running_mean) && has(running_var)) {
     return Inference::apply(input, weight, bias, *running_mean, *running_var, eps);

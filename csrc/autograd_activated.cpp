@@ -36,11 +36,11 @@ using InplaceSchema = void(const Tensor&, const OptionalTensor&, const OptionalT
                            const Tensor&, const Tensor&, double, std::string_view, double);
 using BackwardSchema = ActivatedGradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                           const OptionalTensor&, const Tensor&, bool, std::string_view, double,
-                                          std::array<bool, 4>);
+                                          std::array<bool, 4>, OptionalType);
 using PlainBackwardSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                      std::array<bool, 3>);
+                                      std::array<bool, 3>, OptionalType);
 using PlainCompositeSchema = Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, double, std::array<bool, 3>);
+                                       const OptionalTensor&, double, std::array<bool, 3>, OptionalType);
 
 const auto& forward_op() {
   static const auto op = handle<ForwardSchema>("bn_ext::batch_norm_act_forward");
@@ -98,9 +98,20 @@ Tensor activation_gradient(const Tensor& dy, const Tensor& v, Activation activat
 ActivatedGradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
                                       const Tensor& mask, const OptionalTensor& weight, const OptionalTensor& bias,
                                       const Tensor& saved, bool training, double eps, std::string_view activation,
-                                      double negative_slope, std::array<bool, 4> output_mask) {
+                                      double negative_slope, std::array<bool, 4> output_mask, OptionalType bias_dtype) {
   const Activation kind = activation_of(activation);
-  const auto dtype = saved.scalar_type();
+  check_defined(grad_output, "grad_output");
+  check_defined(input, "input");
+  check_defined(mask, "mask");
+  TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
+  const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_plane(input, input, "input");
+  check_plane(grad_output, input, "grad_output");
+  check_plane(residual, input, "residual");
+  check_vector(weight, input, "weight");
+  check_vector(bias, input, "bias");
+  check_saved(saved, input, kSavedRows);
+  check_mask(mask, input, kind);
   const Tensor dy = grad_output.to(dtype);
   OptionalTensor mean, variance;
   if (!training) {
@@ -128,7 +139,7 @@ ActivatedGradients composite_backward(const Tensor& grad_output, const Tensor& i
     g = activation_gradient(dy, v, kind, negative_slope);
   }
   auto [grad_input, grad_weight, grad_bias] = plain_composite_op().call(
-      g, input, weight, mean, variance, eps, {output_mask[0], output_mask[2], output_mask[3]});
+      g, input, weight, mean, variance, eps, {output_mask[0], output_mask[2], output_mask[3]}, bias_dtype);
   const Tensor grad_residual = output_mask[1] ? g.to(input.scalar_type()) : at::empty({0}, input.options());
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
@@ -185,7 +196,7 @@ struct Activated : torch::autograd::Function<Activated> {
     const bool by_mask = mask.sym_numel() != 0 && !output.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
     ctx->saved_data["strides"] = by_mask ? output.strides().vec() : std::vector<int64_t>();
     ctx->saved_data["mask"] = int64_t(input.requires_grad() + 2 * requires_grad(residual) + 4 * requires_grad(weight) +
-                                      8 * requires_grad(bias));
+                                      8 * requires_grad(bias) + type_bits(bias));
     return output;
   }
 
@@ -211,17 +222,17 @@ struct Activated : torch::autograd::Function<Activated> {
       if (const auto found = ctx->saved_data.find("bias"); found != ctx->saved_data.end()) {
         bias = bias_of_forward(found->second.toTensor(), saved);
       }
-      std::tie(list[0], list[1], list[2], list[3]) =
-          composite_backward(dy, x, residual, mask, weight, bias, saved, training, eps, activation, slope, wanted);
+      std::tie(list[0], list[1], list[2], list[3]) = composite_backward(
+          dy, x, residual, mask, weight, bias, saved, training, eps, activation, slope, wanted, type_of(bits));
     } else if (activation == "identity" && (training || !kept[0].defined())) {
       if (kept[0].defined()) {
-        std::tie(list[0], list[2], list[3]) =
-            plain_backward_op().call(dy, x, weight, saved.narrow(0, 0, 3), {wanted[0], wanted[2], wanted[3]});
+        std::tie(list[0], list[2], list[3]) = plain_backward_op().call(
+            dy, x, weight, saved.narrow(0, 0, 3), {wanted[0], wanted[2], wanted[3]}, type_of(bits));
       }
       list[1] = dy;
     } else {
       std::tie(list[0], list[1], list[2], list[3]) =
-          backward_op().call(dy, x, residual, mask, weight, saved, training, activation, slope, wanted);
+          backward_op().call(dy, x, residual, mask, weight, saved, training, activation, slope, wanted, type_of(bits));
     }
     for (int i = 0; i < 4; ++i) {
       if (!wanted[i]) list[i] = Tensor();
@@ -235,9 +246,10 @@ Tensor batch_norm_act(const Tensor& input, const OptionalTensor& residual, const
                       const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                       double eps, std::string_view activation, double negative_slope) {
+  const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
   if (training) {
-    return std::get<0>(forward_op().call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-                                         momentum, eps, activation, negative_slope, false));
+    return std::get<0>(forward_op().call(input, residual, weight, bias, running_mean, running_var, count, momentum, eps,
+                                         activation, negative_slope, false));
   }
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
@@ -252,11 +264,18 @@ Tensor batch_norm_act_autograd(const Tensor& input, const OptionalTensor& residu
                                double negative_slope) {
   check_no_gradient(running_mean, "running_mean");
   check_no_gradient(running_var, "running_var");
+  check_can_be_counted(num_batches_tracked);
   const bool graph = at::GradMode::is_enabled() &&
                      (input.requires_grad() || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
+  if (graph) {
+    check_can_be_saved(input);
+    if (has(weight)) check_can_be_saved(*weight);
+    if (has(residual)) check_can_be_saved(*residual);
+  }
   if (graph && (training || (has(running_mean) && has(running_var)))) {
-    return Activated::apply(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                            momentum, eps, activation, negative_slope);
+    const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
+    return Activated::apply(input, residual, weight, bias, running_mean, running_var, count, training, momentum, eps,
+                            activation, negative_slope);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm_act(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,

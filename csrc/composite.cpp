@@ -24,7 +24,15 @@ struct Channels {
 
   Channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& running_mean,
            const OptionalTensor& running_var, double eps)
-      : dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), batch(!has(running_mean)) {
+      : batch(!has(running_mean)) {
+    check_defined(input, "input");
+    TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
+    TORCH_CHECK(batch || has(running_var), "running_var must be defined where running_mean is");
+    check_plane(input, input, "input");
+    check_vector(weight, input, "weight");
+    check_vector(running_mean, input, "running_mean");
+    check_vector(running_var, input, "running_var");
+    dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (input.dim() == 3) {
       dims.push_back(2);
       column.push_back(1);
@@ -51,8 +59,11 @@ void add(Tensor* sum, const Tensor& term) {
 // formulas.h's formulas.
 Gradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                             std::array<bool, 3> output_mask) {
+                             std::array<bool, 3> output_mask, OptionalType bias_dtype) {
   const Channels c(input, weight, running_mean, running_var, eps);
+  check_defined(grad_output, "grad_output");
+  check_plane(grad_output, input, "grad_output");
+  if (bias_dtype.has_value()) dtype_of(*bias_dtype, "bias_dtype");
   const Tensor dy = c.wide(grad_output);
   const auto none = [&] { return at::empty({0}, c.normalised.options()); };
   Tensor grad_input, grad_weight, grad_bias;
@@ -63,8 +74,9 @@ Gradients composite_backward(const Tensor& grad_output, const Tensor& input, con
     grad_input = none();
   }
   const auto parameter = has(weight) ? weight->scalar_type() : c.dtype;
-  grad_weight = output_mask[1] ? (dy * c.normalised).sum(c.dims).to(parameter) : none();
-  grad_bias = output_mask[2] ? dy.sum(c.dims).to(parameter) : none();
+  const auto vector = [&](const Tensor& sum) { return has(weight) ? sum.view_as(*weight) : sum; };
+  grad_weight = output_mask[1] ? vector((dy * c.normalised).sum(c.dims)).to(parameter) : none();
+  grad_bias = output_mask[2] ? vector(dy.sum(c.dims)).to(bias_dtype.value_or(parameter)) : none();
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -75,6 +87,11 @@ Gradients composite_double_backward(const OptionalTensor& grad_grad_input, const
                                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
                                     std::array<bool, 3> output_mask) {
   const Channels c(input, weight, running_mean, running_var, eps);
+  check_defined(grad_output, "grad_output");
+  check_plane(grad_output, input, "grad_output");
+  check_plane(grad_grad_input, input, "grad_grad_input");
+  check_vector(grad_grad_weight, input, "grad_grad_weight");
+  check_vector(grad_grad_bias, input, "grad_grad_bias");
   const Tensor dy = c.wide(grad_output);
   const auto centred = [&](const Tensor& t) { return c.batch ? t - c.mean(t) : t; };
   Tensor gg, alpha, grad_dy, grad_x, grad_weight;
@@ -108,7 +125,7 @@ Gradients composite_double_backward(const OptionalTensor& grad_grad_input, const
   };
   if (grad_x.defined()) grad_x = grad_x * c.invstd;
   const Tensor of_weight = has(weight) ? *weight : c.invstd.flatten();
-  if (grad_weight.defined()) grad_weight = (grad_weight * c.invstd).sum(c.dims);
+  if (grad_weight.defined()) grad_weight = (grad_weight * c.invstd).sum(c.dims).view_as(of_weight);
   return {result(grad_dy, output_mask[0], input), result(grad_x, output_mask[1], input),
           result(grad_weight, output_mask[2], of_weight)};
 }

@@ -9,7 +9,7 @@ namespace bn_ext {
 // output_mask leaves out has no elements.
 Gradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                             std::array<bool, 3> output_mask);
+                             std::array<bool, 3> output_mask, OptionalType bias_dtype);
 
 // What batch_norm_double_backward and batch_norm_inference_double_backward give, likewise.
 Gradients composite_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,

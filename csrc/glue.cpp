@@ -1,5 +1,7 @@
 #include "glue.h"
 
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -14,8 +16,8 @@
 #include <vector>
 
 namespace bn_ext {
-DType dtype_of(const Tensor& t, const char* what) {
-  switch (t.scalar_type()) {
+DType dtype_of(at::ScalarType type, const char* what) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kDouble:
@@ -25,23 +27,80 @@ DType dtype_of(const Tensor& t, const char* what) {
     case at::kHalf:
       return DType::kFloat16;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', what, "\" not implemented for '", t.scalar_type(), "'");
+      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', what, "\" not implemented for '", type, "'");
   }
 }
+DType dtype_of(const Tensor& t, const char* what) { return dtype_of(t.scalar_type(), what); }
 
 at::TensorOptions statistics_options(const Tensor& input) {
   return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+void check_defined(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.defined(), "argument '", name, "' must be Tensor, not None");
+}
+
+// The kernels read any element that sizes and strides speak of, so all of them must be there.
+static void check_storage(const Tensor& t) {
+  (void)t.unsafeGetTensorImpl()->data_ptr_impl<char>();  // raises in torch's words where there is no memory
+  const size_t have = t.storage().nbytes(),
+               need = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset());
+  TORCH_CHECK(need <= have || t.numel() == 0, "setStorage: sizes ", t.sizes(), ", strides ", t.strides(),
+              ", storage offset ", t.storage_offset(), ", and itemsize ", t.element_size(),
+              " requiring a storage size of ", need, " are out of bounds for storage of size ", have);
+}
+const void* data_of(const Tensor& t) {
+  check_storage(t);
+  return t.const_data_ptr();
+}
+void* mutable_data_of(const Tensor& t) {
+  check_storage(t);
+  return t.mutable_data_ptr();
+}
+
+// Of a composition's argument, which may also be a tensor that only stands for others (fake, functional, batched).
+static void check_composed(const Tensor& t, const Tensor& input, const char* name) {
+  dtype_of(t, name);
+  TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided, '"', name, "\" not implemented for layout ", t.layout());
+  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
+              input.device(), "!");
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  const bool stands_for =
+      impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
+  if (impl->has_storage() && !t.is_meta() && !stands_for && !impl->has_symbolic_sizes_strides()) check_storage(t);
+}
+void check_plane(const OptionalTensor& t, const Tensor& input, const char* name) {
+  if (!t.has_value() || !t->defined()) return;
+  TORCH_CHECK(t->sym_sizes() == input.sym_sizes(), name, " should have the size of input, ", input.sym_sizes(),
+              ", but has ", t->sym_sizes());
+  check_composed(*t, input, name);
+}
+void check_vector(const OptionalTensor& t, const Tensor& input, const char* name) {
+  if (!t.has_value() || !t->defined()) return;
+  TORCH_CHECK(t->sym_numel() == input.sym_size(1), name, " should contain ", input.sym_size(1), " elements not ",
+              t->sym_numel());
+  check_composed(*t, input, name);
+}
+
+void check_saved(const Tensor& saved, const Tensor& input, int64_t rows) {
+  check_defined(saved, "saved");
+  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.sym_size(0) == rows &&
+                  saved.sym_size(1) == input.sym_size(1) && saved.scalar_type() == statistics_options(input).dtype(),
+              "saved should be batch_norm_forward's contiguous (", rows, ", ", input.sym_size(1), ") tensor, but is ",
+              saved.toString(), " of size ", saved.sym_sizes());
+  check_composed(saved, input, "saved");
+}
+
 static TensorRef ref(const Tensor& t, void* data) {
   return {data, t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
 }
-TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(t.const_data_ptr())); }
+TensorRef input_ref(const Tensor& t) { return ref(t, const_cast<void*>(data_of(t))); }
 TensorRef output_ref(const Tensor& t) { return ref(t, t.mutable_data_ptr()); }
 
 namespace {
 
 Shape shape_of(const Tensor& input) {
+  check_defined(input, "input");
   const int64_t dim = input.dim();
   TORCH_CHECK_VALUE(dim == 2 || dim == 3, "expected 2D or 3D input (got ", dim, "D input)");
   return {input.size(0), input.size(1), dim == 3 ? input.size(2) : 1};
@@ -55,7 +114,7 @@ VectorRef vector_ref(const OptionalTensor& given, const Tensor& input, const cha
   TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
               input.device(), "!");
   TORCH_CHECK(t.dim() == 1 || t.is_contiguous(), name, " of ", t.dim(), " dimensions should be contiguous");
-  return {writes ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype_of(t, "batch_norm"),
+  return {writes ? mutable_data_of(t) : const_cast<void*>(data_of(t)), dtype_of(t, "batch_norm"),
           t.dim() == 1 ? t.stride(0) : 1};
 }
 
@@ -105,6 +164,8 @@ bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
 // A tensor beside input, of its type.
 Tensor like_input(const Tensor& t, const Tensor& input, const char* name) {
+  check_defined(t, name);
+  dtype_of(t, name);
   TORCH_CHECK(t.sizes() == input.sizes(), name, " should have the size of input, ", input.sizes(), ", but has ",
               t.sizes());
   TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
@@ -114,24 +175,26 @@ Tensor like_input(const Tensor& t, const Tensor& input, const char* name) {
 
 // The checks and allocations that both backward operators share; a gradient that is not wanted has no elements.
 BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                               std::array<bool, 3> output_mask) {
+                               std::array<bool, 3> output_mask, OptionalType bias_dtype) {
   BackwardCall call;
   BackwardArgs& a = call.args;
   a.shape = shape_of(input);
   a.dtype = dtype_of(input, "batch_norm_backward");
+  if (bias_dtype.has_value()) dtype_of(*bias_dtype, "bias_dtype");
   call.grad_output = like_input(grad_output, input, "grad_output");
   call.empty = input.numel() == 0;
   const auto none = [&] { return at::empty({0}, statistics_options(input)); };
-  const auto parameter = [&](bool wanted) {
+  const auto parameter = [&](bool wanted, OptionalType dtype) {
     if (!wanted) return none();
     const bool given = has(weight);
-    const auto options = given ? weight->options() : statistics_options(input);
+    auto options = given ? weight->options() : statistics_options(input);
+    if (dtype.has_value()) options = options.dtype(*dtype);
     const std::vector<int64_t> size = given ? weight->sizes().vec() : std::vector<int64_t>{a.shape.c};
     return call.empty ? at::zeros(size, options) : at::empty(size, options);
   };
   call.grad_input = output_mask[0] ? at::empty_like(input) : none();
-  call.grad_weight = parameter(output_mask[1]);
-  call.grad_bias = parameter(output_mask[2]);
+  call.grad_weight = parameter(output_mask[1], {});
+  call.grad_bias = parameter(output_mask[2], bias_dtype);
   if (call.empty) return call;
   a.weight = vector_ref(weight, input, "weight");
   a.dy = input_ref(call.grad_output);
@@ -144,14 +207,13 @@ BackwardCall prepare_gradients(const Tensor& grad_output, const Tensor& input, c
 
 // The checks of forward's saved values, and of running statistics.
 void set_saved(BackwardArgs* a, const Tensor& saved, const Tensor& input, int64_t rows = 3) {
-  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.size(0) == rows && saved.size(1) == a->shape.c &&
-                  saved.scalar_type() == statistics_options(input).dtype() && saved.device() == input.device(),
-              "saved should be batch_norm_forward's contiguous (", rows, ", ", a->shape.c, ") tensor, but is ",
-              saved.toString(), " of size ", saved.sizes());
-  a->saved = saved.const_data_ptr();
+  check_saved(saved, input, rows);
+  a->saved = data_of(saved);
 }
 void set_running(BackwardArgs* a, const Tensor& running_mean, const Tensor& running_var, double eps,
                  const Tensor& input) {
+  check_defined(running_mean, "running_mean");
+  check_defined(running_var, "running_var");
   a->running_mean = vector_ref(running_mean, input, "running_mean");
   a->running_var = vector_ref(running_var, input, "running_var");
   a->eps = eps;
@@ -160,7 +222,7 @@ void set_running(BackwardArgs* a, const Tensor& running_mean, const Tensor& runn
 // The checks and allocations that both double backward operators share, which allocate what backward's do and one more.
 DoubleBackwardCall prepare_second_gradients(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
                                             const OptionalTensor& weight, std::array<bool, 3> output_mask) {
-  const BackwardCall first = prepare_gradients(grad_output, input, weight, {output_mask[1], output_mask[2], false});
+  const BackwardCall first = prepare_gradients(grad_output, input, weight, {output_mask[1], output_mask[2], false}, {});
   DoubleBackwardCall call;
   static_cast<BackwardArgs&>(call.args) = first.args;
   call.grad_output = first.grad_output;
@@ -177,7 +239,37 @@ DoubleBackwardCall prepare_second_gradients(const Arriving& arriving, const Tens
   return call;
 }
 
+// Whoever averages or converts all buffers of a model leaves a count of any type, on any device, even of any shape;
+// torch then counts as nn.BatchNorm1d does. What it refuses is refused here, before anything has changed.
+void prepare_count(ForwardCall* call, const Tensor& count, const Tensor& input, std::optional<double>* momentum) {
+  constexpr const char* kByZero = "float division by zero";
+  if (count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == input.device()) {
+    auto* counter = static_cast<int64_t*>(mutable_data_of(count));
+    TORCH_CHECK(momentum->has_value() || !count.is_cpu() || *counter != -1, kByZero);
+    if (call->empty) {
+      call->count = count;
+    } else {
+      call->args.num_batches_tracked = counter;
+    }
+    return;
+  }
+  const Tensor next = at::add(count, 1);
+  TORCH_CHECK(next.scalar_type() == count.scalar_type(), "result type ", c10::toString(next.scalar_type()),
+              " can't be cast to the desired output type ", c10::toString(count.scalar_type()));
+  at::assert_no_internal_overlap(count);
+  call->count = count;
+  if (momentum->has_value()) return;
+  TORCH_CHECK_VALUE(count.numel() == 1, "only one element tensors can be converted to Python scalars");
+  const auto batches = next.item().to<double>();
+  TORCH_CHECK(batches != 0, kByZero);
+  *momentum = 1 / batches;
+}
+
 }  // namespace
+
+void ForwardCall::count_batch() const {
+  if (count.defined()) Tensor(count).add_(1);
+}
 
 ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -189,10 +281,10 @@ ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, c
   TORCH_CHECK_VALUE(a.shape.count() != 1, "Expected more than 1 value per channel when training, got input size ",
                     size_text(input));
   check_eps(eps, true);
-  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
-                    "running_mean and running_var must either both be None or neither be None");
   call.empty = input.numel() == 0;
   if (!call.empty) {
+    TORCH_CHECK_VALUE(has(running_mean) == has(running_var),
+                      "running_mean and running_var must either both be None or neither be None");
     check_vector_types(input, {&weight, &bias, &running_mean, &running_var});
     a.running_mean = vector_ref(running_mean, input, "running_mean", true);
     a.running_var = vector_ref(running_var, input, "running_var", true);
@@ -201,11 +293,7 @@ ForwardCall prepare_forward(const Tensor& input, const OptionalTensor& weight, c
   }
   a.dtype = dtype_of(input, "batch_norm");
   if (num_batches_tracked.has_value() && num_batches_tracked->defined()) {
-    const Tensor& count = *num_batches_tracked;
-    TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == input.device(),
-                "num_batches_tracked should be one int64 on ", input.device(), ", but it is ", count.toString(),
-                " of size ", count.sizes());
-    a.num_batches_tracked = count.mutable_data_ptr<int64_t>();
+    prepare_count(&call, *num_batches_tracked, input, &momentum);
   }
   a.cumulative = !momentum.has_value();
   a.momentum = momentum.value_or(0.0);
@@ -226,6 +314,8 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
   InferenceCall call;
   InferenceArgs& a = call.args;
   a.shape = shape_of(input);
+  check_defined(running_mean, "running_mean");
+  check_defined(running_var, "running_var");
   check_eps(eps, false);
   call.empty = input.numel() == 0;
   if (!call.empty) {
@@ -246,16 +336,17 @@ InferenceCall prepare_inference(const Tensor& input, const OptionalTensor& weigh
 }
 
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                              const Tensor& saved, std::array<bool, 3> output_mask, int64_t saved_rows) {
-  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
+                              const Tensor& saved, std::array<bool, 3> output_mask, OptionalType bias_dtype,
+                              int64_t saved_rows) {
+  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask, bias_dtype);
   set_saved(&call.args, saved, input, saved_rows);
   return call;
 }
 
 BackwardCall prepare_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                         const Tensor& running_mean, const Tensor& running_var, double eps,
-                                        std::array<bool, 3> output_mask) {
-  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask);
+                                        std::array<bool, 3> output_mask, OptionalType bias_dtype) {
+  BackwardCall call = prepare_gradients(grad_output, input, weight, output_mask, bias_dtype);
   if (!call.empty) set_running(&call.args, running_mean, running_var, eps, input);
   return call;
 }

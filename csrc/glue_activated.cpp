@@ -6,6 +6,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <vector>
+
 namespace bn_ext {
 namespace {
 
@@ -14,6 +16,7 @@ bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 int64_t mask_size(const Tensor& input) { return mask_bytes(input.numel(), mask_elements(input)); }
 
 Epilogue epilogue_of(const Tensor& input, const OptionalTensor& residual, std::string_view activation, double slope) {
+  check_defined(input, "input");
   Epilogue e;
   e.activation = activation_of(activation);
   e.negative_slope = slope;
@@ -52,6 +55,16 @@ Activation activation_of(std::string_view name) {
   return Activation::kGELU;
 }
 
+void check_mask(const Tensor& mask, const Tensor& input, Activation activation) {
+  check_defined(mask, "mask");
+  TORCH_CHECK(mask.scalar_type() == at::kByte && mask.layout() == at::kStrided && mask.device() == input.device() &&
+                  (mask.sym_numel() == 0 ||
+                   (by_sign(activation) && mask.is_contiguous() && mask.dim() == 1 &&
+                    (input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || mask.numel() == mask_size(input)))),
+              "mask should be batch_norm_act_forward's for this input, but is ", mask.toString(), " of size ",
+              mask.sym_sizes());
+}
+
 ActivatedForwardCall prepare_activated_forward(const Tensor& input, const OptionalTensor& residual,
                                                const OptionalTensor& weight, const OptionalTensor& bias,
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -62,7 +75,7 @@ ActivatedForwardCall prepare_activated_forward(const Tensor& input, const Option
   ForwardCall plain =
       prepare_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, kSavedRows);
   Tensor mask = make_mask(input, &epilogue, save_mask);
-  return {{plain.args, epilogue}, plain.output, plain.saved, mask, plain.empty};
+  return {{plain.args, epilogue}, plain, mask};
 }
 
 ActivatedInferenceCall prepare_activated_inference(const Tensor& input, const OptionalTensor& residual,
@@ -73,8 +86,9 @@ ActivatedInferenceCall prepare_activated_inference(const Tensor& input, const Op
   Epilogue epilogue = epilogue_of(input, residual, activation, negative_slope);
   InferenceCall plain = prepare_inference(input, weight, bias, running_mean, running_var, eps, output);
   Tensor mask = make_mask(input, &epilogue, save);
-  Tensor saved = save ? at::empty({kSavedRows, plain.args.shape.c}, statistics_options(input))
-                      : at::empty({0}, statistics_options(input));
+  const std::vector<int64_t> size =
+      save ? std::vector<int64_t>{kSavedRows, plain.args.shape.c} : std::vector<int64_t>{0};
+  Tensor saved = plain.empty ? at::zeros(size, statistics_options(input)) : at::empty(size, statistics_options(input));
   return {{plain.args, epilogue, save ? saved.mutable_data_ptr() : nullptr}, plain.output, saved, mask, plain.empty};
 }
 
@@ -86,26 +100,33 @@ Tensor laid_as(const Tensor& residual, const Tensor& output) {
   return laid;
 }
 
-Tensor output_in_place(const Tensor& input, const OptionalTensor& residual) {
+Tensor output_in_place(const Tensor& input, const OptionalTensor& residual,
+                       std::initializer_list<const OptionalTensor*> vectors) {
+  check_defined(input, "input");
   at::assert_no_internal_overlap(input);
-  if (has(residual)) at::assert_no_partial_overlap(input, *residual);
-  return input.is_non_overlapping_and_dense() ? input : at::empty_like(input);
+  bool apart = input.is_non_overlapping_and_dense();
+  if (has(residual)) {
+    at::assert_no_partial_overlap(input, *residual);
+    // Torch compares dense tensors alone; of the others it cannot tell.
+    apart = apart && (!residual->is_alias_of(input) ||
+                      at::get_overlap_status(input, *residual) != at::MemOverlapStatus::TooHard);
+  }
+  for (const OptionalTensor* v : vectors) apart = apart && !(has(*v) && (*v)->is_alias_of(input));
+  return apart ? input : at::empty_like(input);
 }
 
 ActivatedBackwardCall prepare_activated_backward(const Tensor& grad_output, const Tensor& input,
                                                  const OptionalTensor& residual, const Tensor& mask,
                                                  const OptionalTensor& weight, const Tensor& saved, bool training,
                                                  std::string_view activation, double negative_slope,
-                                                 std::array<bool, 4> output_mask) {
+                                                 std::array<bool, 4> output_mask, OptionalType bias_dtype) {
+  check_defined(mask, "mask");
   Epilogue epilogue = epilogue_of(input, residual, activation, negative_slope);
-  BackwardCall plain =
-      prepare_backward(grad_output, input, weight, saved, {output_mask[0], output_mask[2], output_mask[3]}, kSavedRows);
+  BackwardCall plain = prepare_backward(grad_output, input, weight, saved,
+                                        {output_mask[0], output_mask[2], output_mask[3]}, bias_dtype, kSavedRows);
+  check_mask(mask, input, epilogue.activation);
   if (mask.numel() > 0) {
-    TORCH_CHECK(by_sign(epilogue.activation) && mask.is_contiguous() && mask.numel() == mask_size(input) &&
-                    mask.scalar_type() == at::kByte && mask.device() == input.device(),
-                "mask should be batch_norm_act_forward's for this input, but is ", mask.toString(), " of size ",
-                mask.sizes());
-    epilogue.mask = const_cast<uint8_t*>(mask.const_data_ptr<uint8_t>());
+    epilogue.mask = static_cast<uint8_t*>(const_cast<void*>(data_of(mask)));
   }
   ActivatedBackwardCall call{{plain.args, epilogue, training, {}}, plain, Tensor()};
   call.grad_residual = output_mask[1] ? at::empty_like(input) : at::empty({0}, input.options());

@@ -10,12 +10,12 @@ TORCH_LIBRARY(bn_ext, m) {
   // Gradients, and theirs, made of differentiable operations, for derivatives of higher order.
   m.def(
       "batch_norm_composite_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? running_mean, "
-      "Tensor? running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "Tensor? running_var, float eps, bool[3] output_mask, ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_composite_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
       "Tensor? grad_grad_bias, Tensor grad_output, Tensor input, Tensor? weight, Tensor? running_mean, "
       "Tensor? running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
-  // The kernels of a device.
+  // The kernels of a device. bias_dtype: of the bias's gradient; none: weight's, or that of the statistics.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor)");
@@ -23,11 +23,11 @@ TORCH_LIBRARY(bn_ext, m) {
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "float eps) -> Tensor");
   m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
-      "-> (Tensor, Tensor, Tensor)");
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask, "
+      "ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_inference_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor running_mean, "
-      "Tensor running_var, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "Tensor running_var, float eps, bool[3] output_mask, ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor)");
   // From the gradients that arrive at the results of a backward (none: zero), those with respect to its grad_output,
   // input and weight.
   m.def(
@@ -48,7 +48,7 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm_act_composite_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor mask, "
       "Tensor? weight, Tensor? bias, Tensor saved, bool training, float eps, str activation, float negative_slope, "
-      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool[4] output_mask, ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_act_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str activation, "
@@ -61,6 +61,6 @@ TORCH_LIBRARY(bn_ext, m) {
       "Tensor running_mean, Tensor running_var, float eps, str activation, float negative_slope) -> ()");
   m.def(
       "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor mask, Tensor? weight, "
-      "Tensor saved, bool training, str activation, float negative_slope, bool[4] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor saved, bool training, str activation, float negative_slope, bool[4] output_mask, "
+      "ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }

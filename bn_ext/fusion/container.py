@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..activation import check_activation
-from ..modules import FusedBatchNorm1d
+from ..dispatch import restored_on_error
+from ..modules import FusedBatchNorm1d, state_of
 from .pairing import Activation, activation_of, addable, compute, is_norm, undisturbed
 
 
@@ -69,13 +70,24 @@ class BatchNormAct1d(nn.Module):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript's words)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            output = _in_one_pass(self, input, residual)
-            if output is not None:
-                return output  # type: ignore[no-any-return]
+            return _computed(self, input, residual)  # type: ignore[no-any-return]
         result = self.norm(input)
         if residual is not None:
             result = result + residual
         return self.act(result)  # type: ignore[no-any-return]
+
+
+def _computed(module: BatchNormAct1d, input: Any, residual: Any) -> Any:
+    """Return what module computes, in one pass where one operator does."""
+    output = _in_one_pass(module, input, residual)
+    if output is not None:
+        return output
+    if residual is None:
+        return module.act(module.norm(input))
+    norm = module.norm
+    mean, var, _, _, batches, training, *_ = state_of(norm) if is_norm(norm) else (None,) * 8
+    with restored_on_error(*((mean, var, batches) if training else ())):  # the addition may raise
+        return module.act(norm(input) + residual)
 
 
 def _in_one_pass(module: BatchNormAct1d, input: Any, residual: Any) -> Any:
@@ -88,11 +100,7 @@ def _in_one_pass(module: BatchNormAct1d, input: Any, residual: Any) -> Any:
     activation: Activation | None = activation_of(act)
     if activation is None and type(act) is nn.Identity and residual is not None:
         activation = ("identity", 0.0)
-    if residual is not None and not addable(input, residual):
-        if isinstance(residual, Tensor):
-            torch.broadcast_shapes(input.shape, residual.shape)  # raises before anything has changed
-        return None
-    if activation is None:
+    if activation is None or not (residual is None or addable(input, residual)):
         return None
     return compute(norm, input, residual, activation)  # type: ignore[arg-type]
 

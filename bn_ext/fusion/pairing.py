@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._device import DeviceContext
 
 from .. import ops
 from ..activation import fits
-from ..dispatch import choose, has_kernel
+from ..dispatch import are_numbers, choose, leave_to_torch, modes_listen
 from ..modules import FusedBatchNorm1d, state_of
 
 Activation = tuple[str, float]  # the operators' activation and negative_slope
@@ -30,7 +29,6 @@ Activation = tuple[str, float]  # the operators' activation and negative_slope
 # ---- what is known, as it was at import: who replaces any of it gets his own ----
 
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-_function_modes = torch._C._len_torch_function_stack
 _FORWARD = FusedBatchNorm1d.forward
 _FUNCTIONAL = vars(F)
 _LIST_ITERATION = nn.ModuleList.__iter__
@@ -124,18 +122,13 @@ def _leaky(slope: Any, inplace: Any) -> Activation | None:
     return ("leaky_relu", float(slope))
 
 
-def _modes_listen() -> bool:
-    """Return whether a TorchFunctionMode is on that may care for the activation's own call."""
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes()))
-
-
 def undisturbed(input: Any) -> bool:
     """Return whether the operators compute batch norm of input here, and nothing watches torch's functions."""
     if not isinstance(input, Tensor) or choose(input) is not ops.batch_norm or not 2 <= input.dim() <= 3:
         return False
-    if not _function_modes() and not _has_any_global_hook():
+    if not _has_any_global_hook() and not (is_compiling() and modes_listen()):
         return True
-    return is_exporting() or not (_has_any_global_hook() or _modes_listen())  # torch.export has modes of its own on
+    return is_exporting()  # which has modes of its own on
 
 
 def addable(input: Tensor, residual: Any) -> bool:
@@ -155,7 +148,7 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
     norm is_norm, input is undisturbed, residual addable.
     """
     mean, var, weight, bias, batches, training, momentum, eps = state_of(norm)
-    if not training and (mean is None or var is None):
+    if not are_numbers(momentum, eps) or not (training or (mean is not None and var is not None)):
         return None
     if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
         return None  # autograd cannot keep it
@@ -163,9 +156,8 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
         return ops.batch_norm_act(  # type: ignore[no-any-return]
             input, residual, weight, bias, mean, var, batches, training, momentum, eps, *activation
         )
-    except NotImplementedError:
-        if has_kernel(input):
-            raise
+    except (RuntimeError, ValueError) as error:
+        leave_to_torch(error, input)
         return None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.utils import parametrize
 
 from ..modules import LazyFusedBatchNorm1d
 from .container import BatchNormAct1d
@@ -23,23 +25,45 @@ from .watch import asks_for_class_named
 
 @dataclass(frozen=True)
 class Fusion:
-    """One place where a batch norm of a model is called.
+    """One place where a batch norm of a model is called, or one that convert leaves alone.
 
     Attributes:
         name: the batch norm's in the model.
-        where: the method and line, or the container, that calls it; "" where no call was found.
+        where: the method and line, or the container, that calls it; "" where no call was found or looked for.
         computes: what is computed there in one pass.
         reason: why that is no more than the batch norm; "" where it is more.
+        converted: whether it is a batch norm of ours, and not one that convert leaves alone.
     """
 
     name: str
     where: str
     computes: str
     reason: str = ""
+    converted: bool = True
 
     @property
     def fused(self) -> bool:
         return not self.reason
+
+
+def why_left_alone(module: nn.Module) -> str:
+    """Return why convert would leave a batch norm of torch's, or a subclass of one, what it is; "" for all the rest."""
+    kind = type(module)
+    if not isinstance(module, _BatchNorm) or kind in NORMS or kind in _CONVERTED:
+        return ""
+    if isinstance(module, SyncBatchNorm):
+        return "it takes the statistics of all processes together, which there is no kernel for"
+    if kind in _OTHER_RANKS:
+        return "it is for inputs of other dimensions than (N, C) and (N, C, L)"
+    if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
+        return "it has been sharded, which gave it a class of its own: convert before that"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized, which gave it a class of its own: convert before that"
+    return f"{kind.__name__} is a subclass of {kind.__mro__[1].__name__}, and may compute something else"
+
+
+_CONVERTED = (nn.BatchNorm1d, nn.LazyBatchNorm1d)  # convert makes NORMS of these
+_OTHER_RANKS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 
 
 NOT_CONVERTED = "what calls it was not converted with fuse=True, as it is now"
@@ -80,8 +104,12 @@ class Analysis:
 
     def report(self) -> list[Fusion]:
         found = []
-        for norm, entries in self.entries.items():
-            found += entries or [Fusion(self.names[norm], "", "batch norm", "no call of it was found")]
+        for module, name in self.names.items():
+            reason = why_left_alone(module)
+            if module in self.entries:
+                found += self.entries[module] or [Fusion(name, "", "batch norm", "no call of it was found")]
+            elif reason:
+                found.append(Fusion(name, "", f"{type(module).__name__}'s own forward", reason, False))
         return found
 
     # ---- the three that call batch norms ----

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/float_mode.h"
 #include "cpu/huge_pages.h"
 #include "glue_activated.h"
 
@@ -40,7 +41,11 @@ Parallel parallel() {
   Parallel p;
   p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   p.run = [](int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    const FloatControl control = float_control();
+    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      const FloatModeOf caller(control);
+      body(context, begin, end);
+    });
   };
   return p;
 }
@@ -57,9 +62,8 @@ std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& input, const Optiona
   if (!call.empty) {
     advise(call.output);
     level().kernels->forward(call.args, parallel());
-  } else if (call.args.num_batches_tracked) {
-    ++*call.args.num_batches_tracked;  // an empty batch counts, as in nn.BatchNorm1d
   }
+  call.count_batch();
   return {call.output, call.saved};
 }
 
@@ -82,15 +86,15 @@ Gradients run_backward(const BackwardCall& call) {
 }
 
 Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                              const Tensor& saved, std::array<bool, 3> output_mask) {
-  return run_backward(prepare_backward(grad_output, input, weight, saved, output_mask));
+                              const Tensor& saved, std::array<bool, 3> output_mask, OptionalType bias_dtype) {
+  return run_backward(prepare_backward(grad_output, input, weight, saved, output_mask, bias_dtype));
 }
 
 Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                         const Tensor& running_mean, const Tensor& running_var, double eps,
-                                        std::array<bool, 3> output_mask) {
+                                        std::array<bool, 3> output_mask, OptionalType bias_dtype) {
   return run_backward(
-      prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
+      prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask, bias_dtype));
 }
 
 Gradients run_double_backward(const DoubleBackwardCall& call) {
@@ -111,13 +115,12 @@ ActivatedTensors batch_norm_act_forward(const Tensor& input, const OptionalTenso
   const auto call =
       prepare_activated_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
                                 eps, activation, negative_slope, save_mask);
-  if (!call.empty) {
-    advise(call.output);
+  if (!call.plain.empty) {
+    advise(call.plain.output);
     level().kernels->forward_activated(call.args, parallel());
-  } else if (call.args.num_batches_tracked) {
-    ++*call.args.num_batches_tracked;
   }
-  return {call.output, call.saved, call.mask};
+  call.plain.count_batch();
+  return {call.plain.output, call.plain.saved, call.mask};
 }
 
 ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTensor& residual,
@@ -136,7 +139,8 @@ ActivatedTensors batch_norm_act_inference(const Tensor& input, const OptionalTen
 void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                double eps, std::string_view activation, double negative_slope) {
-  const Tensor output = output_in_place(input, residual);
+  const OptionalTensor mean = running_mean, var = running_var;
+  const Tensor output = output_in_place(input, residual, {&weight, &bias, &mean, &var});
   const auto call = prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
                                                 activation, negative_slope, false, output);
   if (!call.empty) level().kernels->inference_activated(call.args, parallel());
@@ -147,9 +151,9 @@ ActivatedGradients batch_norm_act_backward(const Tensor& grad_output, const Tens
                                            const OptionalTensor& residual, const Tensor& mask,
                                            const OptionalTensor& weight, const Tensor& saved, bool training,
                                            std::string_view activation, double negative_slope,
-                                           std::array<bool, 4> output_mask) {
+                                           std::array<bool, 4> output_mask, OptionalType bias_dtype) {
   const auto call = prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
-                                               negative_slope, output_mask);
+                                               negative_slope, output_mask, bias_dtype);
   if (!call.plain.empty) {
     if (call.args.dx) advise(call.plain.grad_input);
     if (call.args.grad_residual) advise(call.grad_residual);

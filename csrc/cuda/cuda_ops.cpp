@@ -64,9 +64,8 @@ std::tuple<Tensor, Tensor> batch_norm_forward(const Tensor& input, const Optiona
       prepare_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
   if (!call.empty) {
     plan_and_launch(input, call.args, plan_forward, forward);
-  } else if (call.args.num_batches_tracked) {
-    Tensor(*num_batches_tracked).add_(1);  // an empty batch counts, as in nn.BatchNorm1d
   }
+  call.count_batch();
   return {call.output, call.saved};
 }
 
@@ -92,17 +91,16 @@ ActivatedTensors batch_norm_act_forward(const Tensor& input, const OptionalTenso
   const c10::cuda::CUDAGuard guard(input.device());
   auto call = prepare_activated_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
                                         momentum, eps, activation, negative_slope, save_mask);
-  if (!call.empty) {
+  if (!call.plain.empty) {
     Tensor laid;
     if (call.args.epilogue.residual) {
-      laid = laid_as(*residual, call.output);
+      laid = laid_as(*residual, call.plain.output);
       call.args.epilogue.residual = input_ref(laid);
     }
     plan_and_launch(input, call.args, plan_activated_forward, forward_activated);
-  } else if (call.args.num_batches_tracked) {
-    Tensor(*num_batches_tracked).add_(1);  // an empty batch counts, as in nn.BatchNorm1d
   }
-  return {call.output, call.saved, call.mask};
+  call.plain.count_batch();
+  return {call.plain.output, call.plain.saved, call.mask};
 }
 
 void run_inference(const Tensor& input, const ActivatedInferenceCall& call) {
@@ -128,7 +126,8 @@ void batch_norm_act_inference_(const Tensor& input, const OptionalTensor& residu
                                const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                                double eps, std::string_view activation, double negative_slope) {
   const c10::cuda::CUDAGuard guard(input.device());
-  const Tensor output = output_in_place(input, residual);
+  const OptionalTensor mean = running_mean, var = running_var;
+  const Tensor output = output_in_place(input, residual, {&weight, &bias, &mean, &var});
   run_inference(input, prepare_activated_inference(input, residual, weight, bias, running_mean, running_var, eps,
                                                    activation, negative_slope, false, output));
   if (!output.is_same(input)) input.copy_(output);
@@ -141,17 +140,17 @@ Gradients run_backward(const Tensor& input, const BackwardCall& call) {
 }
 
 Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                              const Tensor& saved, std::array<bool, 3> output_mask) {
+                              const Tensor& saved, std::array<bool, 3> output_mask, OptionalType bias_dtype) {
   const c10::cuda::CUDAGuard guard(input.device());
-  return run_backward(input, prepare_backward(grad_output, input, weight, saved, output_mask));
+  return run_backward(input, prepare_backward(grad_output, input, weight, saved, output_mask, bias_dtype));
 }
 
 Gradients batch_norm_inference_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                         const Tensor& running_mean, const Tensor& running_var, double eps,
-                                        std::array<bool, 3> output_mask) {
+                                        std::array<bool, 3> output_mask, OptionalType bias_dtype) {
   const c10::cuda::CUDAGuard guard(input.device());
-  return run_backward(
-      input, prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps, output_mask));
+  return run_backward(input, prepare_inference_backward(grad_output, input, weight, running_mean, running_var, eps,
+                                                        output_mask, bias_dtype));
 }
 
 // In training without a gradient at grad_input, what flows on to the input is a backward with grad_grad_weight in the
@@ -224,10 +223,10 @@ ActivatedGradients batch_norm_act_backward(const Tensor& grad_output, const Tens
                                            const OptionalTensor& residual, const Tensor& mask,
                                            const OptionalTensor& weight, const Tensor& saved, bool training,
                                            std::string_view activation, double negative_slope,
-                                           std::array<bool, 4> output_mask) {
+                                           std::array<bool, 4> output_mask, OptionalType bias_dtype) {
   const c10::cuda::CUDAGuard guard(input.device());
   const auto call = prepare_activated_backward(grad_output, input, residual, mask, weight, saved, training, activation,
-                                               negative_slope, output_mask);
+                                               negative_slope, output_mask, bias_dtype);
   const ActivatedBackwardArgs& a = call.args;
   if (!call.plain.empty && (a.sums() || a.dx || a.grad_residual)) {
     plan_and_launch(input, a, plan_activated_backward, backward_activated);
