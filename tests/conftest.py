@@ -34,6 +34,11 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[True, False], ids=["train", "eval"])
+def training(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Give all skips for want of CUDA one place, so that the summary has one line for them and not one a test."""
