@@ -1,0 +1,212 @@
+"""Calls of every operator made from its schema, sane ones and ones with something wrong in them.
+
+test_hostile.py goes through all of them once; fuzz.py draws them at random until its time is over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bn_ext
+from support import LAYOUTS, normal
+
+assert bn_ext.__version__  # importing it defines the operators
+EPS, SLOPE = 1e-5, 0.1
+SCHEMAS = {s.name.removeprefix("bn_ext::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("bn_ext::")}
+PLANES = ("input", "residual", "grad_output", "grad_grad_input")
+VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_grad_weight", "grad_grad_bias")
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a sane call is made for."""
+
+    shape: tuple[int, ...] = (6, 5)
+    dtype: torch.dtype = torch.float64
+    vector_dtype: torch.dtype = torch.float64
+    layout: str = "contiguous"
+    activation: str = "relu"
+    training: bool = True
+    residual: bool = True
+    seed: int = 0
+
+
+def operator(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(torch.ops.bn_ext, name).default
+    return found
+
+
+def _saved(s: Setting, x: Tensor, given: Arguments, activated: bool) -> tuple[Tensor, Tensor]:
+    """What forward keeps of x for a backward: (saved, mask)."""
+    ops, (weight, bias, mean, var) = torch.ops.bn_ext, (given[k] for k in VECTORS[:4])
+    if not activated:
+        return ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, EPS)[1], x.new_empty(0, dtype=torch.uint8)
+    of = (x, given["residual"], weight, bias)
+    if s.training:
+        return ops.batch_norm_act_forward(*of, None, None, None, 0.1, EPS, s.activation, SLOPE, True)[1:]  # type: ignore[no-any-return]
+    return ops.batch_norm_act_inference(*of, mean, var, EPS, s.activation, SLOPE, True)[1:]  # type: ignore[no-any-return]
+
+
+def sane(name: str, s: Setting) -> Arguments:
+    """Arguments that name computes with."""
+    lay = LAYOUTS[s.layout] if torch.Size(s.shape).numel() else LAYOUTS["contiguous"]
+    given: Arguments = {}
+    for k, plane in enumerate(PLANES):
+        given[plane] = lay(normal(s.shape, s.dtype, seed=s.seed + k))
+    for k, vector in enumerate(VECTORS):
+        given[vector] = normal(s.shape[1:2], s.vector_dtype, seed=s.seed + 10 + k).abs() + 0.5
+    if not s.residual:
+        given["residual"] = None
+    given |= {"num_batches_tracked": torch.tensor(3), "training": s.training, "momentum": 0.1, "eps": EPS}
+    given |= {"activation": s.activation, "negative_slope": SLOPE, "save": True, "save_mask": True, "bias_dtype": None}
+    wanted = {a.name: a for a in SCHEMAS[name].arguments}
+    if "saved" in wanted:
+        given["saved"], given["mask"] = _saved(s, given["input"], given, "_act" in name)
+    if "output_mask" in wanted:
+        given["output_mask"] = [True] * (wanted["output_mask"].N or 0)
+    if not s.training and not ("_act" in name or "inference" in name) and "composite" not in name:
+        given["training"] = "training" in wanted and s.training
+    return {key: given[key] for key in wanted}
+
+
+# ---- what can be wrong with one argument ----
+
+
+def freed(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def shrunk(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
+def jagged(t: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([t, t], layout=torch.jagged)
+
+
+TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda t: None,
+    "number": lambda t: 3.0,
+    "text": lambda t: "text",
+    "list": lambda t: [t],
+    "no_elements": lambda t: t.new_empty(0),
+    "no_rows": lambda t: t[:0],
+    "scalar": lambda t: t.new_zeros(()),
+    "one_more": lambda t: torch.cat((t, t[:1])) if t.numel() > 1 else t.new_zeros(t.numel() + 1),
+    "one_less": lambda t: t[1:] if t.numel() else t.new_zeros(3),
+    "one_dimension": lambda t: t.flatten(),
+    "two_more_dimensions": lambda t: t[..., None, None] if t.numel() else 0,
+    "int64": lambda t: t.long() if t.is_floating_point() else t.double(),
+    "bool": lambda t: t > 0,
+    "complex": lambda t: torch.complex(t.double(), t.double()),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "sparse": lambda t: t.to_sparse(),
+    "mkldnn": lambda t: t.float().to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]) if t.numel() else 0,
+    "jagged": lambda t: jagged(t) if t.numel() else 0,
+    "meta": lambda t: t.to("meta"),
+    "freed": lambda t: freed(t) if t.numel() else 0,
+    "shrunk": lambda t: shrunk(t) if t.numel() else 0,
+}
+NUMBERS: dict[str, list[Any]] = {
+    "float": [None, "text", [0.1], 1j, 10**400, object()],
+    "Optional[float]": ["text", [0.1], 1j, 10**400],
+    "bool": ["text", [True]],
+    "str": [None, 3, "tanh", "", "relu\0"],
+    "List[bool]": [None, 3, [True], [True] * 9, ["text"] * 3, []],
+    "Optional[int]": ["text", torch.int64, torch.complex64, torch.bool, torch.float8_e5m2, torch.quint8, 99, -1],
+}
+
+
+def quietly(call: Callable[[], Any]) -> Any:
+    """What call returns, without the warnings of torch's own prototypes (nested, sparse, quantised tensors)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def spoilt(name: str, given: Arguments) -> list[tuple[str, str, Callable[[], Any]]]:
+    """(argument, what is wrong with it, what to pass instead) for every way that there is."""
+    ways: list[tuple[str, str, Callable[[], Any]]] = []
+    for argument in SCHEMAS[name].arguments:
+        value = given[argument.name]
+        if "Tensor" in str(argument.type):
+            unread = argument.name == "num_batches_tracked" and given.get("training") is False
+            if value is not None and not unread:
+                ways += [(argument.name, how, lambda v=value, s=s: quietly(lambda: s(v))) for how, s in TENSORS.items()]
+        else:
+            ways += [(argument.name, repr(bad)[:20], lambda b=bad: b) for bad in NUMBERS[str(argument.type)]]
+    return ways
+
+
+# ---- what a call may have changed ----
+
+
+def bits(value: Any) -> Any:
+    """What a tensor holds, to be compared later; of one whose memory is gone or hidden, that it is so."""
+    if isinstance(value, (list, tuple)):
+        return [bits(v) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not value.numel() or not readable(value):
+        return str(value.layout), str(value.device)
+    return torch._neg_view(value.detach()).clone() if value.is_neg() else value.detach().clone()
+
+
+def readable(t: Tensor) -> bool:
+    """Whether t has its elements in memory; torch itself crashes where it looks for those of a freed storage."""
+    if t.layout != torch.strided or t.is_meta or t.is_nested or t.is_quantized:
+        return False
+    last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    return a is b or bool(a == b)
+
+
+# ---- whether a call may take it ----
+
+OTHER_VECTORS = ("one_dimension", "two_more_dimensions")  # the right number of values, whatever the shape
+# torch counts in any type and shape; without data it cannot tell that there is none.
+OTHER_COUNTS = ("no_elements", "scalar", "one_more", "one_less", "int64", "complex", *OTHER_VECTORS)
+
+
+def welcome(name: str, argument: str, how: str) -> bool:
+    """Whether name computes with what spoilt makes of argument; all the rest it has to refuse."""
+    if how == "none" and "Optional" in str({a.name: a for a in SCHEMAS[name].arguments}[argument].type):
+        return not ((argument == "running_mean" and name in NEEDS_BOTH) or argument == "running_var")
+    if argument == "num_batches_tracked":
+        return how in OTHER_COUNTS or (how == "meta" and not name.endswith("forward"))
+    if argument == "mask":  # none; and it has one dimension
+        return how in ("no_elements", "no_rows", "one_dimension")
+    if argument == "input" and "backward" not in name and "_act" not in name:
+        return how in ("no_rows", "one_more", "one_less")  # another batch
+    return argument in VECTORS and how in OTHER_VECTORS
+
+
+NEEDS_BOTH = ("batch_norm", "batch_norm_forward", "batch_norm_act", "batch_norm_act_forward")
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What call returns, or the error that it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
