@@ -31,7 +31,7 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 	$(PY) examples/train_mlp.py
 	$(PY) bench/bench_batchnorm.py --quick
 
-test: $(STAMPS)/test $(STAMPS)/built
+test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 	$(PY) -m pytest tests -q
 
 bench: $(STAMPS)/demo $(STAMPS)/built
@@ -80,6 +80,12 @@ $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/lint: $(STAMPS)/%: requirements/%.txt $
 $(STAMPS)/test: requirements/test.txt requirements/demo.txt $(STAMPS)/torch
 	$(INSTALL) -q -r $<
 	@touch $@
+
+# Other people's networks; where they cannot be had, their tests say so and skip.
+$(STAMPS)/third-party: requirements/third-party.txt requirements/third-party-alone.txt $(STAMPS)/test
+	$(INSTALL) -q -r requirements/torch.txt -r requirements/third-party.txt && \
+	  $(INSTALL) -q --no-deps -r requirements/third-party-alone.txt && touch $@ || \
+	  echo 'not every package of requirements/third-party*.txt could be installed'
 
 clean:
 	rm -rf build dist out *.egg-info bn_ext/_C*.so bn_ext/_build.json $(STAMPS)/built
