@@ -183,9 +183,20 @@ def fused(device: str) -> Any:
     return found
 
 
+def converted_after_sharding(device: str) -> Any:
+    """fully_shard gives a batch norm a class of its own, which convert leaves alone: the report says so, and why."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
+    fully_shard(model[1], mesh=mesh)
+    bn_ext.convert(model, fuse=True)
+    return [(e.name, e.converted, e.reason) for e in bn_ext.fusion_report(model)], type(model[3]).__name__
+
+
 # Two processes share the one device there may be, through gloo, which scatters and gathers in a CPU's memory alone.
 ANYWHERE = (data_parallel, data_parallel_own_buffers, data_parallel_compiled, synchronised)
-ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused)
+ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused, converted_after_sharding)
 
 
 def work(rank: int, folder: str, device: str) -> None:
@@ -269,6 +280,13 @@ def test_fused_models_in_groups() -> None:
             assert fewest <= passes <= (15 if form in ("fused", "late") else 0), (case, passes)
             if form == "reverted" and way != "shard_norms":  # a norm sharded on its own is of a class of torch's
                 assert classes == native[2]
+
+
+def test_a_batch_norm_that_was_sharded_is_reported() -> None:
+    for report, other in results_of(converted_after_sharding, "cpu"):
+        (first, converted, reason), (second, also, _) = report
+        assert (first, converted, second, also, other) == ("1", False, "3", True, "FusedBatchNorm1d")
+        assert "sharded" in reason and "convert before" in reason
 
 
 def test_sync_batch_norm_takes_over(device: str) -> None:
