@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RESULT ?= bench/results/local
+SANITIZE ?= full
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -14,12 +15,13 @@ LIBRARY_SOURCES := setup.py pyproject.toml bn_ext/_version.py $(wildcard buildto
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench bench-compare lint format build clean distclean
+.PHONY: help demo test sanitize bench bench-compare lint format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
 	@echo 'make test    run every test'
+	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
@@ -33,6 +35,9 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 	$(PY) -m pytest tests -q
+
+sanitize: $(STAMPS)/test
+	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
 
 bench: $(STAMPS)/demo $(STAMPS)/built
 	@mkdir -p $(dir $(RESULT))
