@@ -55,11 +55,6 @@ def index(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.fixture(params=[True, False], ids=["train", "eval"])
-def training(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
 def test_the_inputs_are_the_ones_expected() -> None:
     described = {sample(k, "cpu", torch.float32, True).desc for k in range(COUNT)}
     assert {
