@@ -170,7 +170,10 @@ Call random_call() {
   Call c;
   const int64_t wide = maybe(6) ? 700 : 40;
   c.shape = {any_size(maybe(4) ? 3000 : 60), any_size(wide), maybe(2) ? 1 : any_size(maybe(6) ? 3000 : 70)};
-  while (c.shape.numel() > 400000) c.shape.n = (c.shape.n + 1) / 2;
+  while (c.shape.numel() > 400000) {
+    int64_t& longest = c.shape.n > c.shape.l ? c.shape.n : c.shape.l;
+    longest = (longest + 1) / 2;
+  }
   if (c.shape.count() == 1) c.shape.n = 2;
   c.type = any_type();
   c.activation = static_cast<Activation>(below(5));
