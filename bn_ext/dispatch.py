@@ -99,8 +99,11 @@ def choose(input: Tensor) -> Implementation | None:
         plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else input.device.type in KERNEL_DEVICES
         if not plain or torch.onnx.is_in_onnx_export() or (torch.compiler.is_dynamo_compiling() and is_watched()):
             return None
-    elif is_watched() or is_foreign(input) or (_get_tracing_state() and torch.onnx.is_in_onnx_export()):
-        return None
+    else:  # what is asked here costs half of what a call of its own would
+        watched = (_FUNCTIONAL["batch_norm"] not in KNOWN or _function_modes()) and is_watched()
+        foreign = type(input) is not Tensor and is_foreign(input)
+        if watched or foreign or (_get_tracing_state() and torch.onnx.is_in_onnx_export()):
+            return None
     return cast(Implementation, ops.batch_norm)
 
 
