@@ -11,7 +11,7 @@ PY := $(BIN)/python
 INSTALL := $(PY) -m pip install
 STAMPS := $(VENV)/.bn_ext
 
-LIBRARY_SOURCES := setup.py pyproject.toml bn_ext/_version.py $(wildcard buildtools/*.py) \
+LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
