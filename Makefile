@@ -1,8 +1,10 @@
 # make demo | test | bench | lint: each sets up .venv and builds the library when needed, from python3, a C++ compiler
-# and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place.
+# and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place, TORCH another torch:
+# it gets an environment and a build of its own beside the one for development.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 RESULT ?= bench/results/local
 SANITIZE ?= full
 
@@ -20,7 +22,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
-	@echo 'make test    run every test'
+	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
@@ -33,8 +35,9 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 	$(PY) examples/train_mlp.py
 	$(PY) bench/bench_batchnorm.py --quick
 
+# From another folder, so that with TORCH the installed package is tested and not the sources.
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
-	$(PY) -m pytest tests -q
+	cd tests && $(abspath $(PY)) -m pytest -q .
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
@@ -62,9 +65,17 @@ format: $(STAMPS)/lint
 
 build: $(STAMPS)/built
 
-# The library is built into the source tree (an editable install), so a test run can import no tree without one.
-$(STAMPS)/built: $(STAMPS)/build $(LIBRARY_SOURCES)
+# The library is built into the source tree (an editable install), so a test run can import no tree without one. With
+# TORCH it is built in a copy and installed: a library is for one torch, and the sources hold one library.
+COPIED := setup.py pyproject.toml README.md LICENSE bn_ext buildtools csrc
+COPY := build/torch-$(TORCH)
+$(STAMPS)/built: $(STAMPS)/build $(LIBRARY_SOURCES) $(if $(TORCH),$(wildcard bn_ext/*.py bn_ext/*/*.py))
+ifeq ($(TORCH),)
 	$(INSTALL) --no-build-isolation --no-deps -e .
+else
+	mkdir -p $(COPY) && cp -rpu $(COPIED) $(COPY) && rm -f $(COPY)/bn_ext/_C*.so $(COPY)/bn_ext/_build.json
+	$(INSTALL) --no-build-isolation --no-deps --force-reinstall ./$(COPY)
+endif
 	@touch $@
 
 $(STAMPS)/venv:
@@ -74,7 +85,7 @@ $(STAMPS)/venv:
 	@touch $@
 
 $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
-	$(INSTALL) -r $<
+	$(INSTALL) $(if $(TORCH),torch==$(TORCH),-r $<)
 	@touch $@
 
 # torch comes first: a package that asks for torch then finds the pinned one.
@@ -88,7 +99,7 @@ $(STAMPS)/test: requirements/test.txt requirements/demo.txt $(STAMPS)/torch
 
 # Other people's networks; where they cannot be had, their tests say so and skip.
 $(STAMPS)/third-party: requirements/third-party.txt requirements/third-party-alone.txt $(STAMPS)/test
-	$(INSTALL) -q -r requirements/torch.txt -r requirements/third-party.txt && \
+	$(INSTALL) -q $(if $(TORCH),torch==$(TORCH),-r requirements/torch.txt) -r requirements/third-party.txt && \
 	  $(INSTALL) -q --no-deps -r requirements/third-party-alone.txt && touch $@ || \
 	  echo 'not every package of requirements/third-party*.txt could be installed'
 
