@@ -7,6 +7,7 @@ TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 RESULT ?= bench/results/local
 SANITIZE ?= full
+NAME ?= local
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -17,7 +18,7 @@ LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize bench bench-compare lint format build clean distclean
+.PHONY: help demo test sanitize bench bench-all bench-compare lint format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
+	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-epyc'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  let ruff and clang-format lay the code out'
@@ -41,6 +43,10 @@ test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
+
+# All files that README.md and docs/ quote, about an hour: NAME=cpu-epyc writes over those of this kind of machine.
+bench-all: $(STAMPS)/demo $(STAMPS)/built
+	$(PY) bench/bench_all.py --name $(NAME)
 
 bench: $(STAMPS)/demo $(STAMPS)/built
 	@mkdir -p $(dir $(RESULT))
