@@ -240,10 +240,10 @@ def closing(outcome: Outcome, times: Mapping[str, Times], records: list[Record])
     )
 
 
-def draw(outcome: Outcome, times: Mapping[str, Times], records: list[Record], warning: str | None, path: Path) -> None:
-    """Write a PNG: training loss, test accuracy, time of a step, and the error of both batch norms."""
-    figure = Figure(figsize=(plot.WIDTH, 7), layout="constrained")
-    (loss, correct), (steps, error) = figure.subplots(2, 2)
+def figure(outcome: Outcome, times: Mapping[str, Times], records: list[Record], warning: str | None) -> Figure:
+    """Training loss, test accuracy, time of a step, and the error of both batch norms."""
+    drawn = Figure(figsize=(plot.WIDTH, 7), layout="constrained")
+    (loss, correct), (steps, error) = drawn.subplots(2, 2)
     styles = {"nn": ("#9ec5e8", "-", 5.0), "converted": (plot.OURS, "-", 2.0), "fused": ("#7a1f00", ":", 2.0)}
     styles["none"] = ("#666666", "-", 1.5)
     for name, run in outcome.runs.items():
@@ -263,9 +263,8 @@ def draw(outcome: Outcome, times: Mapping[str, Times], records: list[Record], wa
     draw_steps(steps, times)
     plot.accuracy(error, records)
     said = f"{outcome.dataset.name}: the same network, seed and batches"
-    figure.suptitle(f"{said}\n{warning}" if warning else said, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=plot.DPI)
+    drawn.suptitle(f"{said}\n{warning}" if warning else said, fontsize=10)
+    return drawn
 
 
 def draw_steps(axes: Any, times: Mapping[str, Times]) -> None:
@@ -328,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     if warning:
         console.print(f"times were {warning}", style="yellow")
     records = accuracy.measure(torch.device("cpu"))
-    draw(outcome, times, records, warning, args.plot)
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure(outcome, times, records, warning).savefig(args.plot, dpi=plot.DPI)
     console.print(f"figure: {args.plot}")
     console.print(closing(outcome, times, records))
     return 0 if outcome.agreed else 1
