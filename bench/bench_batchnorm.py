@@ -304,8 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
     if args.plot:
         # Before anything is measured, so that a missing package is told at once.
-        with needed():
-            import plot
+        import plot
     try:
         if args.fusion:
             return fusion.run(args, log, out, *time_to_measure(args), cpu_clock)
@@ -313,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:
             found, failed = run(args, log)
-    except BrokenPipeError:
+    except BrokenPipeError:  # rich before 13.8 passes it on; not an error of a file
         raise
     except OSError as error:
         log.print(f"error: {error}", markup=False)

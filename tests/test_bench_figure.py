@@ -143,6 +143,9 @@ def assert_nothing_overlaps(drawn: Any) -> None:
     width, height = drawn.get_size_inches() * drawn.dpi
     for text, box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} runs out"
+    for axes in drawn.axes:
+        for note in axes.texts:
+            assert axes.bbox.x1 >= note.get_window_extent().x1, f"{note.get_text()!r} runs over the frame"
     for (one, first), (other, second) in itertools.combinations(boxes, 2):
         assert not first.overlaps(second), f"{one!r} over {other!r}"
     assert min(t.get_fontsize() for t in texts) * 900 / (72 * drawn.get_figwidth()) >= 11

@@ -16,6 +16,7 @@ from torch import nn
 
 import bn_ext
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from rich.console import Console
