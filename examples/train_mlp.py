@@ -270,18 +270,20 @@ def figure(outcome: Outcome, times: Mapping[str, Times], records: list[Record], 
 def draw_steps(axes: Any, times: Mapping[str, Times]) -> None:
     """A bar for each network: the median time of a step, a whisker from p20 to p80, and the speed over native's."""
     places = range(len(times))
-    medians = [1e6 * found.median for found in times.values()]
-    ends = [[1e6 * (t.median - t.p20) for t in times.values()], [1e6 * (t.p80 - t.median) for t in times.values()]]
+    medians = [1e3 * found.median for found in times.values()]
+    ends = [[1e3 * (t.median - t.p20) for t in times.values()], [1e3 * (t.p80 - t.median) for t in times.values()]]
     colours = {"nn": plot.NATIVE, "none": "#999999"}
     axes.barh(places, medians, xerr=ends, color=[colours.get(name, plot.OURS) for name in times], capsize=3, height=0.6)
     for place, found in zip(places, times.values(), strict=True):
-        text = f"{1e6 * found.median:.0f} us, {times['nn'].median / found.median:.2f}x"
-        behind = (1e6 * max(found.p80, found.median), place)
-        axes.annotate(text, behind, xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
+        text = f"{1e3 * found.median:.2f} ms, {times['nn'].median / found.median:.2f}x"
+        axes.annotate(
+            text, (1e3 * found.p80, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5
+        )
     axes.set_yticks(places, [TITLES[name] for name in times])
     axes.invert_yaxis()
-    axes.set(title="time of a training step", xlabel="microseconds (median, p20 to p80)")
-    axes.set_xlim(0, 1.6e6 * max(found.p80 for found in times.values()))  # room for the longest bar's figures
+    axes.set(title="time of a training step", xlabel="milliseconds (median, p20 to p80)")
+    axes.set_xlim(0, 1.6e3 * max(found.p80 for found in times.values()))  # room for the longest bar's figures
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3, axis="x")
 
 

@@ -27,6 +27,7 @@ import networks
 import train_fused
 import train_mlp
 from grid import Point
+from pictures import assert_nothing_overlaps
 from timing import Plan, Times
 
 QUIET = Console(quiet=True)
@@ -224,14 +225,21 @@ def test_the_figure_has_curves_steps_and_errors() -> None:
     assert "busy" in drawn.get_suptitle()
     assert [line.get_label() for line in loss.lines] == list(train_mlp.TITLES.values())
     assert [line.get_ydata()[-1] for line in correct.lines] == pytest.approx([97.5, 97.5, 97.6, 90])
-    assert [bar.get_width() for bar in steps.patches] == pytest.approx([300, 200, 100, 50])
+    assert [bar.get_width() for bar in steps.patches] == pytest.approx([0.3, 0.2, 0.1, 0.05])
     assert [text.get_text() for text in steps.texts] == [
-        "300 us, 1.00x",
-        "200 us, 1.50x",
-        "100 us, 3.00x",
-        "50 us, 6.00x",
+        "0.30 ms, 1.00x",
+        "0.20 ms, 1.50x",
+        "0.10 ms, 3.00x",
+        "0.05 ms, 6.00x",
     ]
     assert [(line.get_ydata()[0], line.get_xdata()[-1]) for line in error.lines] == [(5e-7, 1e6), (1e-2, 1e6)]
+
+
+@pytest.mark.parametrize("scale", [1, 37, 1e4])
+def test_nothing_overlaps_in_the_figure(scale: float) -> None:
+    outcome = made_up({"nn": 0.975, "converted": 0.975, "fused": 0.976, "none": 0.9})
+    times = {name: Times(scale * t.median, scale * t.p20, 9 * scale * t.p80, 9) for name, t in TIMES.items()}
+    assert_nothing_overlaps(train_mlp.figure(outcome, times, ERRORS, "busy"))
 
 
 def test_timing_a_step_leaves_the_record_of_the_training(short: None) -> None:
