@@ -19,11 +19,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from environment import busy_share, commit, tcmalloc
+from scripting import end, needed
+
+with needed():
+    from environment import busy_share, commit, tcmalloc
+    from report import BUSY_SHARE
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-BUSY = 0.1
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 
 
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.name}{part.name}.jsonl", *(f"    {' '.join(command)}" for command in part.commands), sep="\n")
         return 0
     if not args.anyway:
-        if (share := busy_share()) is not None and share > BUSY:
+        if (share := busy_share()) is not None and share > BUSY_SHARE:
             print(f"bench_all.py: other processes keep {share:.0%} of the processors busy; stop them, or --anyway")
             return 2
         if commit().endswith("-dirty"):
@@ -143,4 +146,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

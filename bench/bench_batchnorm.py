@@ -72,8 +72,8 @@ class Runner:
         self.deadline = None if seconds is None else time.perf_counter() + seconds
         self.failed = 0
         self.shared = {**facts(self.device, args.memory), "timing": "replay" if self.replay else "calls"}
-        if report.busy(self.shared):
-            log.print(f"the machine is busy (load average {self.shared['load_average']:.1f}): expect noise")
+        if warning := report.busy(self.shared):
+            log.print(warning)
 
     def measure(self) -> Iterator[list[report.Record]]:
         """The measurements of one point in one mode after the other, under a progress bar.

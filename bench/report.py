@@ -16,8 +16,8 @@ Record = dict[str, Any]
 NOT_CONTIGUOUS = {"nlc": " (N,L,C)"}
 # The mode of records of accuracy.py, which hold errors and no times.
 ACCURACY = "accuracy"
-# A load average before the start from which on times are those of a busy machine.
-BUSY = 0.5
+# From which share of the processors' time for others on, or load average in older files, times are of a busy machine.
+BUSY_SHARE, BUSY_LOAD = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ def errors(records: Iterable[Record]) -> dict[tuple[Point, str], dict[float, flo
 
 def busy(record: Record) -> str | None:
     """A warning where the machine had other work when the run of this record began."""
-    load = record.get("load_average")
-    if load is None or load <= BUSY:
-        return None
-    return f"measured on a busy machine (load average {load:.1f}): ratios only"
+    share, load = record.get("busy_share"), record.get("load_average")
+    if share is not None:  # the load average still holds the measurement before this one
+        what = f"others had {share:.0%} of the processors" if share > BUSY_SHARE else None
+    else:
+        what = f"load average {load:.1f}" if load is not None and load > BUSY_LOAD else None
+    return f"measured on a busy machine ({what}): ratios only" if what else None
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -36,7 +36,7 @@ with needed():
     import bn_ext
     import data
     import plot
-    from environment import load_average
+    from environment import busy_share
     from networks import mlp
     from report import Record, busy, errors
     from timing import Plan, Times, cpu_clock, race
@@ -309,7 +309,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console(highlight=False, soft_wrap=True)
-    warning = busy({"load_average": load_average()})
+    warning = busy({"busy_share": busy_share(0.5)})
     try:
         with needed():
             dataset = data.load(args.data, args.root)

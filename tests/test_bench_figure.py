@@ -136,10 +136,19 @@ def test_nothing_overlaps_in_the_whole_figure() -> None:
     assert_nothing_overlaps(drawn)
 
 
-@pytest.mark.parametrize(("load", "told"), [(2.8, True), (0.5, False), (None, False)])
-def test_a_busy_machine_is_told_beside_the_figures(load: float | None, told: bool) -> None:
-    records = timed(load_average=load)
-    warning = "measured on a busy machine (load average 2.8): ratios only"
+@pytest.mark.parametrize(
+    ("load", "share", "why"),
+    [
+        (2.8, None, "load average 2.8"),
+        (0.5, None, None),
+        (None, None, None),
+        (2.8, 0.02, None),  # the measurement before
+        (0.1, 0.3, "others had 30% of the processors"),
+    ],
+)
+def test_a_busy_machine_is_told_beside_the_figures(load: float | None, share: float | None, why: str | None) -> None:
+    records = timed(load_average=load, busy_share=share)
+    told, warning = why is not None, f"measured on a busy machine ({why}): ratios only"
     assert (warning in plot.figure(records).get_suptitle()) == told
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"), width=200)  # noqa: SIM115
     report.show(records, console)

@@ -19,6 +19,7 @@ import scripting
 # Script, arguments, package that is not there, what to type.
 MISSING = [
     ("bench/accuracy.py", "", "bn_ext", f"bn_ext: pip install {ROOT}"),
+    ("bench/bench_all.py", "", "torch", "torch: pip install torch"),
     ("bench/bench_batchnorm.py", "--quick", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
     ("bench/bench_batchnorm.py", "--quick --plot x.png", "matplotlib", 'matplotlib: pip install "bn_ext[bench]", or'),
     ("bench/compare.py", "a b", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
@@ -96,6 +97,7 @@ def result_file(folder: Path) -> Path:
     [
         ("bench/bench_batchnorm.py", "--load r.jsonl"),
         ("bench/bench_batchnorm.py", "--fusion --quick --filter 32x64 --modes eval"),
+        ("bench/bench_all.py", "--list"),
         ("bench/compare.py", "r.jsonl r.jsonl"),
         ("bench/traffic.py", "read r.jsonl"),
         ("examples/train_mlp.py", "--epochs 1"),
@@ -112,5 +114,5 @@ def test_a_closed_pipe_ends_a_script_quietly(script: str, arguments: str, tmp_pa
             command, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if not line.startswith("the machine is busy") and line.strip()]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("measured on a busy machine") and line.strip()]
     assert said == []
