@@ -53,7 +53,7 @@ def convert(model: Model, fuse: bool = False) -> Model:
     The modules stay the objects that they are, so parameters, buffers, hooks, training flag, dtype, device, optimizer
     references and sharing are kept. Subclasses of BatchNorm1d (those that fully_shard and parametrizations make among
     them), SyncBatchNorm and the 2-D and 3-D variants are left alone, and reported. It succeeds, or raises and leaves
-    the model as it was.
+    the model as it was. A model may be converted again, with fuse or without.
 
     With fuse, what calls a batch norm also has it computed in one pass with the activation (ReLU, LeakyReLU, SiLU,
     exact GELU; module, function or method) that alone reads its output, and with an addition before that:
@@ -66,6 +66,30 @@ def convert(model: Model, fuse: bool = False) -> Model:
     Batch norms and activations stay what they are: one that is replaced, hooked, parametrized, synchronised or folded
     later is called as ever. What is computed where, why not more, and what was left alone is in
     bn_ext.fusion_report(model), and logged to "bn_ext" at level INFO; without fuse, what was left alone.
+
+    Args:
+        model: any nn.Module. A lone nn.BatchNorm1d is one too.
+        fuse: also compute what follows a batch norm in the same pass.
+
+    Shape:
+        Parameters and buffers stay the tensors that they are. Outputs have the shapes and dtypes that they had.
+
+    Returns:
+        model itself.
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
+        >>> weight = model[1].weight
+        >>> bn_ext.convert(model, fuse=True) is model
+        True
+        >>> type(model[1]).__name__, model[1].weight is weight
+        ('FusedBatchNorm1d', True)
     """
     undo = _Undo()
     try:
@@ -100,7 +124,26 @@ def revert(model: Model) -> Model:
     """Undo convert: make every FusedBatchNorm1d and LazyFusedBatchNorm1d of model torch's own, in place.
 
     What calls them gets its own class back; where a tool has made a subclass of it since, its forward stays, and calls
-    the batch norms as they are.
+    the batch norms as they are. A BatchNormAct1d stays one, with a batch norm of torch's in it.
+
+    Args:
+        model: any nn.Module, converted or built with the fused classes.
+
+    Shape:
+        Parameters and buffers stay the tensors that they are.
+
+    Returns:
+        model itself.
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = bn_ext.convert(nn.Sequential(nn.BatchNorm1d(5), nn.ReLU()), fuse=True)
+        >>> type(bn_ext.revert(model)[0]) is nn.BatchNorm1d, type(model) is nn.Sequential
+        (True, True)
     """
     for module in list(model.modules()):
         if type(module) in _NATIVE:
@@ -114,7 +157,25 @@ def revert(model: Model) -> Model:
 def fusion_report(model: nn.Module) -> list[Fusion]:
     """Return every place where model calls a FusedBatchNorm1d: what is computed there now, and why that is no more.
 
-    Batch norms that convert leaves alone are there too, with the reason.
+    Batch norms that convert leaves alone are there too, with the reason. The model is only looked at.
+
+    Args:
+        model: any nn.Module, converted or not.
+
+    Returns:
+        A list of bn_ext.fusion.report.Fusion, in the order of model.named_modules().
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.Tanh())
+        >>> for entry in bn_ext.fusion_report(bn_ext.convert(model, fuse=True)):
+        ...     print(entry.name, entry.computes, entry.reason or "-", sep="; ")
+        0; relu(batch norm); -
+        2; batch norm; Tanh follows, which there is no kernel for
     """
     return Analysis(model).report()
 
