@@ -71,9 +71,6 @@ def convert(model: Model, fuse: bool = False) -> Model:
         model: any nn.Module. A lone nn.BatchNorm1d is one too.
         fuse: also compute what follows a batch norm in the same pass.
 
-    Shape:
-        Parameters and buffers stay the tensors that they are. Outputs have the shapes and dtypes that they had.
-
     Returns:
         model itself.
 
@@ -128,9 +125,6 @@ def revert(model: Model) -> Model:
 
     Args:
         model: any nn.Module, converted or built with the fused classes.
-
-    Shape:
-        Parameters and buffers stay the tensors that they are.
 
     Returns:
         model itself.
