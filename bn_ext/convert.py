@@ -53,7 +53,7 @@ def convert(model: Model, fuse: bool = False) -> Model:
     The modules stay the objects that they are, so parameters, buffers, hooks, training flag, dtype, device, optimizer
     references and sharing are kept. Subclasses of BatchNorm1d (those that fully_shard and parametrizations make among
     them), SyncBatchNorm and the 2-D and 3-D variants are left alone, and reported. It succeeds, or raises and leaves
-    the model as it was. A model may be converted again, with fuse or without.
+    the model as it was.
 
     With fuse, what calls a batch norm also has it computed in one pass with the activation (ReLU, LeakyReLU, SiLU,
     exact GELU; module, function or method) that alone reads its output, and with an addition before that:

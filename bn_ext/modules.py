@@ -146,7 +146,7 @@ class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):
     """Drop-in for torch.nn.LazyBatchNorm1d: takes num_features from its first input and becomes FusedBatchNorm1d.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype, bias: FusedBatchNorm1d's.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as in FusedBatchNorm1d.
 
     Shape:
         - input: (N, C) or (N, C, L); C of the first one is num_features from then on

@@ -20,6 +20,7 @@ myst_heading_anchors = 4  # as deep as pages link to; a link to none of them fai
 
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape", "Dtypes"]
+smartquotes = False  # who copies "relu" wants it as it is typed
 default_role = "code"  # docstrings write `x` for code
 python_maximum_signature_line_length = 100
 autodoc_typehints_format = "short"

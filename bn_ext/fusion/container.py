@@ -41,7 +41,7 @@ class BatchNormAct1d(nn.Module):
         activation: "relu", "leaky_relu", "silu", "gelu" (the exact one, by erf), any nn.Module, or None. A module that
             is not nn.ReLU, nn.LeakyReLU, nn.SiLU or exact nn.GELU is called behind the batch norm.
         negative_slope: leaky_relu's.
-        eps, momentum, affine, track_running_stats, device, dtype, options: FusedBatchNorm1d's.
+        eps, momentum, affine, track_running_stats, device, dtype, options: as in FusedBatchNorm1d.
 
     Shape:
         - input: (N, C) or (N, C, L)
