@@ -1,28 +1,32 @@
 # make demo | test | bench | lint | docs: each sets up .venv and builds the library when needed, from python3, a C++
-# compiler and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place.
+# compiler and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place, TORCH another
+# torch: it gets an environment and a build of its own beside the one for development.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 RESULT ?= bench/results/local
 SANITIZE ?= full
+NAME ?= local
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALL := $(PY) -m pip install
 STAMPS := $(VENV)/.bn_ext
 
-LIBRARY_SOURCES := setup.py pyproject.toml bn_ext/_version.py $(wildcard buildtools/*.py) \
+LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize bench bench-compare lint docs format build clean distclean
+.PHONY: help demo test sanitize bench bench-all bench-compare lint docs format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
-	@echo 'make test    run every test'
+	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
+	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-epyc'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make docs    the pages of docs/ and the docstrings as a site: build/docs/index.html'
@@ -34,11 +38,16 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 	$(PY) examples/train_mlp.py
 	$(PY) bench/bench_batchnorm.py --quick
 
+# From another folder, so that with TORCH the installed package is tested and not the sources.
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
-	$(PY) -m pytest tests -q
+	cd tests && $(abspath $(PY)) -m pytest -q .
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
+
+# All files that README.md and docs/ quote, about an hour: NAME=cpu-epyc writes over those of this kind of machine.
+bench-all: $(STAMPS)/demo $(STAMPS)/built
+	$(PY) bench/bench_all.py --name $(NAME)
 
 bench: $(STAMPS)/demo $(STAMPS)/built
 	@mkdir -p $(dir $(RESULT))
@@ -67,9 +76,17 @@ format: $(STAMPS)/lint
 
 build: $(STAMPS)/built
 
-# The library is built into the source tree (an editable install), so a test run can import no tree without one.
-$(STAMPS)/built: $(STAMPS)/build $(LIBRARY_SOURCES)
+# The library is built into the source tree (an editable install), so a test run can import no tree without one. With
+# TORCH it is built in a copy and installed: a library is for one torch, and the sources hold one library.
+COPIED := setup.py pyproject.toml README.md LICENSE bn_ext buildtools csrc
+COPY := build/torch-$(TORCH)
+$(STAMPS)/built: $(STAMPS)/build $(LIBRARY_SOURCES) $(if $(TORCH),$(wildcard bn_ext/*.py bn_ext/*/*.py))
+ifeq ($(TORCH),)
 	$(INSTALL) --no-build-isolation --no-deps -e .
+else
+	mkdir -p $(COPY) && cp -rpu $(COPIED) $(COPY) && rm -f $(COPY)/bn_ext/_C*.so $(COPY)/bn_ext/_build.json
+	$(INSTALL) --no-build-isolation --no-deps --force-reinstall ./$(COPY)
+endif
 	@touch $@
 
 $(STAMPS)/venv:
@@ -79,7 +96,7 @@ $(STAMPS)/venv:
 	@touch $@
 
 $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
-	$(INSTALL) -r $<
+	$(INSTALL) $(if $(TORCH),torch==$(TORCH),-r $<)
 	@touch $@
 
 # torch comes first: a package that asks for torch then finds the pinned one.
@@ -93,7 +110,7 @@ $(STAMPS)/test: requirements/test.txt requirements/demo.txt $(STAMPS)/torch
 
 # Other people's networks; where they cannot be had, their tests say so and skip.
 $(STAMPS)/third-party: requirements/third-party.txt requirements/third-party-alone.txt $(STAMPS)/test
-	$(INSTALL) -q -r requirements/torch.txt -r requirements/third-party.txt && \
+	$(INSTALL) -q $(if $(TORCH),torch==$(TORCH),-r requirements/torch.txt) -r requirements/third-party.txt && \
 	  $(INSTALL) -q --no-deps -r requirements/third-party-alone.txt && touch $@ || \
 	  echo 'not every package of requirements/third-party*.txt could be installed'
 

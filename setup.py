@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -13,7 +12,8 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "buildtools"))
-import plan  # noqa: E402  (an isolated build puts no folder of the checkout on sys.path)
+import locate_torch  # noqa: E402  (an isolated build puts no folder of the checkout on sys.path)
+import plan  # noqa: E402
 
 try:
     import torch
@@ -24,7 +24,6 @@ except ImportError:  # metadata and source distributions are made without torch;
     from setuptools.command.build_ext import build_ext as Base
 
 RECORD = "_build.json"
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "bn_ext" / "_version.py").read_text(), re.M)[1]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -43,6 +42,7 @@ class BuildLibrary(Base):
     def run(self) -> None:
         record = self.plan_extension()
         super().run()
+        plan.say_what_is_missing(record)
         text = json.dumps(record, indent=2) + "\n"
         for path in {built for built, _ in self.record_paths()} | {kept for _, kept in self.record_paths() if kept}:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -50,23 +50,26 @@ class BuildLibrary(Base):
 
     def plan_extension(self) -> dict[str, object]:
         """Fill in the extension for this torch and this machine; return the record of it."""
-        compiler, nvcc, cuda = plan.settle(os.environ, any(name.endswith(".cu") for name in CUDA_SOURCES))
+        compiler, toolkit, cuda = plan.settle(os.environ)
         if "CXX" not in os.environ and compiler != ["c++"]:
             os.environ["CXX"] = compiler[0]  # torch's ninja rules would call c++
         name = plan.compiler_name(compiler)
-        openmp = plan.openmp_flags(torch, name)
+        openmp, one_thread = plan.openmp_flags(torch, name)
         flags = ["-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"] if os.name == "posix" else []
         common = {"sources": list(CPP_SOURCES), "include_dirs": [str(ROOT / "csrc")], "depends": HEADERS}
         objects = [str(Path(name).with_suffix("")) for name in CPP_SOURCES + CUDA_SOURCES]
         if len(set(objects)) < len(objects):
             raise plan.Cannot("two sources in one folder of csrc have one name, so their object files would collide.")
+        codes = ""
         if cuda.wanted:
-            if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.device_count() == 0:
-                os.environ["TORCH_CUDA_ARCH_LIST"] = plan.default_arch_list(nvcc)
+            # torch has taken them from the first nvcc on PATH, a wrapper or a link of no toolkit perhaps
+            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(toolkit.home)
             common["sources"] += CUDA_SOURCES
+            common["include_dirs"].append(str(toolkit.include))
+            codes = self.choose_architectures(toolkit)
             planned = cpp_extension.CUDAExtension(
                 "bn_ext._C",
-                define_macros=[("WITH_CUDA", None)],
+                define_macros=[("WITH_CUDA", None), ("BN_EXT_CUDA_CODES", codes)],
                 # no flag here may contain the letters "arch": torch would then drop its own list
                 extra_compile_args={
                     "cxx": flags + openmp,
@@ -81,21 +84,35 @@ class BuildLibrary(Base):
         threads = "OpenMP threads" if openmp else "one thread"
         print(
             f"bn_ext: torch {torch.__version__}, {name}, {threads}, {jobs} jobs, "
-            f"CUDA {'yes' if cuda.wanted else 'no'}: {cuda.reason}",
+            f"CUDA {'yes' if cuda.wanted else 'no'}: {cuda.reason}{', for ' * bool(codes)}{codes}",
             flush=True,
         )
+        for clause in toolkit.passed_over if cuda.wanted else ():
+            print(f"bn_ext: {clause}; the toolkit in {toolkit.home} is used", flush=True)
         return {
-            "version": VERSION,
+            "version": self.distribution.get_version(),
             "torch": str(torch.__version__),
             "torch_cuda": torch.version.cuda,
             "cxx11_abi": bool(torch.compiled_with_cxx11_abi()),
             "python": sysconfig.get_config_var("SOABI") or "",
             "compiler": name,
             "openmp": bool(openmp),
+            "one_thread_reason": one_thread,
             "cuda": cuda.wanted,
             "cuda_reason": cuda.reason,
-            "cuda_archs": (os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the GPUs seen") if cuda.wanted else "",
+            "cuda_codes": codes,
         }
+
+    def choose_architectures(self, toolkit: plan.Toolkit) -> str:
+        """Set TORCH_CUDA_ARCH_LIST to what is built for, the wish, the GPUs seen or all; return nvcc's codes."""
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.device_count() == 0:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = plan.default_arch_list(toolkit.version)
+        try:
+            flags = cpp_extension._get_cuda_arch_flags([])
+        except ValueError as error:
+            raise plan.Cannot(f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']}: {error}.") from error
+        os.environ["TORCH_CUDA_ARCH_LIST"], codes = plan.architectures(os.environ, flags, toolkit)
+        return codes
 
     def record_paths(self) -> list[tuple[str, str]]:
         """Return where the record is built and, for a build in place, where in the sources it is kept ("" if not)."""
@@ -118,9 +135,22 @@ def put_ninja_on_path() -> None:
     os.environ["PATH"] = BIN_DIR + os.pathsep + os.environ.get("PATH", "")
 
 
+class Distribution(setuptools.Distribution):
+    """A wheel runs under the torch that it was built for and says so; a source distribution takes any that is known."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        super().parse_config_files(*args, **kwargs)
+        found = None if "sdist" in sys.argv else locate_torch.locate_torch()
+        if found is not None:
+            local, requirement = plan.stamp(os.environ, found)
+            self.metadata.version += f"+{local}"
+            others = [r for r in self.install_requires if not r.startswith("torch")]
+            self.install_requires = self.metadata.install_requires = [requirement, *others]
+
+
 put_ninja_on_path()
 setuptools.setup(
-    license="BSD-3-Clause",  # here, because setuptools before 77 refuses this string in pyproject.toml
+    distclass=Distribution,
     ext_modules=[setuptools.Extension("bn_ext._C", CPP_SOURCES, depends=HEADERS, language="c++")],
     cmdclass={"build_ext": BuildLibrary},
 )

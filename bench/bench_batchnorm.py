@@ -22,17 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from scripting import end, needed
 
-import fusion
-import report
-from contenders import Bench, Disagreement, check_agreement
-from environment import MEMORY, facts, set_memory
-from grid import CONTENDERS, CUDA, DEFAULT_MODES, FULL, MODES, QUICK, RIVALS, Point, least_bytes, select
-from timing import Plan, Step, Times, cpu_clock, race
-from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
+with needed():
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    import accuracy
+    import fusion
+    import report
+    from contenders import Bench, Disagreement, check_agreement
+    from environment import MEMORY, facts, set_memory
+    from grid import CONTENDERS, CUDA, DEFAULT_MODES, FULL, MODES, QUICK, RIVALS, Point, least_bytes, select
+    from timing import Plan, Step, Times, cpu_clock, race
+    from timing_cuda import captured, cuda_clock, input_sets, launched, memory_needed
 
 QUICK_PLAN = Plan(block=0.002, budget=0.6, min_rounds=5, max_rounds=80)
 FULL_PLAN = Plan(block=0.005, budget=3.0, min_rounds=15)
@@ -68,9 +72,8 @@ class Runner:
         self.deadline = None if seconds is None else time.perf_counter() + seconds
         self.failed = 0
         self.shared = {**facts(self.device, args.memory), "timing": "replay" if self.replay else "calls"}
-        load = self.shared["load_average"]
-        if isinstance(load, float) and load > 0.5:
-            log.print(f"the machine was busy before the start (load average {load:.1f}): expect noise")
+        if report.busy(self.shared):
+            log.print(f"the machine is busy (load average {self.shared['load_average']:.1f}): expect noise")
 
     def measure(self) -> Iterator[list[report.Record]]:
         """The measurements of one point in one mode after the other, under a progress bar.
@@ -211,7 +214,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="within a minute: fewer points, short rounds, no rivals")
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a line and measurement")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: bandwidth and speed-ups")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: speed-ups, share of the limit, errors")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and bn_ext (default: torch's own)")
     parser.add_argument(
         "--filter",
@@ -247,6 +250,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--threads must be at least 1")
     if args.seconds is not None and args.seconds <= 0:
         parser.error("--seconds must be positive")
+    if args.fusion and args.plot:
+        parser.error("--plot draws no --fusion")
     if args.replay and args.device.type != "cuda":
         parser.error("--replay needs --device cuda")
     if args.device.type == "cuda" and not args.load and not torch.cuda.is_available():
@@ -276,6 +281,9 @@ def run(args: argparse.Namespace, log: Console) -> tuple[list[report.Record], in
                 stream.writelines(json.dumps(record) + "\n" for record in part)
                 stream.flush()
         runner.count_launches(found)
+        if args.plot and found:
+            log.print("measuring the error at growing mean/std")
+            found += [{**runner.shared, **record} for record in accuracy.measure(args.device)]
     except KeyboardInterrupt:
         log.print("interrupted; what was measured so far:")
     finally:
@@ -294,6 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     # A pipe has no width of its own; the tables need a little more than rich assumes there.
     out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
+    if args.plot:
+        # Before anything is measured, so that a missing package is told at once.
+        import plot
     try:
         if args.fusion:
             return fusion.run(args, log, out, *time_to_measure(args), cpu_clock)
@@ -301,14 +312,18 @@ def main(argv: list[str] | None = None) -> int:
             found = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines() if line]
         else:
             found, failed = run(args, log)
+    except BrokenPipeError:  # rich before 13.8 passes it on; not an error of a file
+        raise
     except OSError as error:
         log.print(f"error: {error}", markup=False)
         return 1
     report.show(found, out)
     if args.plot and found:
-        import plot
-
-        plot.draw(found, args.plot)
+        try:
+            plot.draw(found, args.plot)
+        except (OSError, ValueError) as error:
+            log.print(f"error: {error}", markup=False)
+            return 1
         out.print(f"plot: {args.plot}")
     if failed:
         log.print(f"{failed} of {len(args.points)} points went wrong, see above")
@@ -316,4 +331,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

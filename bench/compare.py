@@ -13,10 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from scripting import end, needed
 
-from report import Row, geometric_mean, label, ratio, rows
+with needed():
+    from rich.console import Console
+    from rich.table import Table
+
+    from report import Row, geometric_mean, label, ratio, rows
 
 YARDSTICKS = ("nn", "copy")
 
@@ -49,7 +52,7 @@ def changes(base: list[Row], new: list[Row]) -> list[tuple[Row, float, float, st
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Compare two result files of bench_batchnorm.py.")
     parser.add_argument("base", type=Path)
     parser.add_argument("new", type=Path)
@@ -73,7 +76,8 @@ def main() -> None:
         console.print(
             f"{mode:<17} geometric mean of new / base {geometric_mean(values):.3f} ({len(values)} measurements)"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

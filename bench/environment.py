@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -62,6 +64,35 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def busy_share(seconds: float = 2.0) -> float | None:
+    """Return which part of all processors' time others take just now, or None where the system does not tell.
+
+    The load average cannot say that between measurements: it still holds the one before. Waiting for a disk counts as
+    idle, time that the host takes away as busy.
+    """
+
+    def counted() -> tuple[int, int]:
+        values = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        return sum(values), values[3] + values[4]  # idle, iowait
+
+    try:
+        total, idle = counted()
+        time.sleep(seconds)
+        total_after, idle_after = counted()
+    except (OSError, ValueError, IndexError):
+        return None
+    passed = total_after - total
+    return 1 - (idle_after - idle) / passed if passed else None
+
+
+def tcmalloc() -> str | None:
+    """Return where tcmalloc is, as LD_PRELOAD takes it, or None."""
+    for name in ("tcmalloc_minimal", "tcmalloc"):
+        if found := ctypes.util.find_library(name):
+            return found
+    return None
+
+
 def cache_bytes(device: torch.device) -> int:
     """The size of the cache that all of the device shares: a GPU's L2, a processor's last level; 0 where unknown."""
     if device.type == "cuda":
@@ -115,6 +146,7 @@ def facts(device: torch.device, memory: str = "default") -> dict[str, object]:
         "cache_bytes": cache_bytes(device),
         "allocator": os.path.basename(os.environ.get("LD_PRELOAD", "")),
         "load_average": load_average(),
+        "busy_share": busy_share(0.5),
         "python": platform.python_version(),
         "commit": commit(),
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -23,6 +23,7 @@ import bn_ext
 from contenders import compiled, forget_compiled
 from environment import facts, set_memory
 from grid import Point
+from report import busy
 from timing import Plan, Step, race
 from timing_cuda import cuda_clock
 
@@ -151,6 +152,8 @@ def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, second
                     stream.write(json.dumps(record) + "\n")
     for mode in args.modes:
         out.print(table([record for record in found if record["mode"] == mode], mode, contenders))
+    if warning := busy(shared):
+        out.print(warning, style="yellow")
     return status
 
 

@@ -21,17 +21,20 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-import bn_ext
-from environment import facts
-from networks import mlp, resnet1d
+from scripting import end, needed
+
+with needed():
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor, nn
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    import bn_ext
+    from environment import facts
+    from networks import mlp, resnet1d
 
 # Title, how to make the network, shape of a batch.
 NETWORKS: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
@@ -133,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

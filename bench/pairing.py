@@ -11,22 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from scripting import end, needed
 
-import bn_ext
-from bn_ext.dispatch import choose
-from bn_ext.fusion import pairing
-from environment import facts
+with needed():
+    import torch
+    import torch.nn.functional as F
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    import bn_ext
+    from bn_ext.dispatch import choose
+    from bn_ext.fusion import pairing
+    from environment import facts
 
 SHAPE, CALLS, ROUNDS = (32, 64), 2000, 60
 
@@ -106,4 +108,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -14,6 +14,10 @@ from grid import MODES, RIVALS, Point
 
 Record = dict[str, Any]
 NOT_CONTIGUOUS = {"nlc": " (N,L,C)"}
+# The mode of records of accuracy.py, which hold errors and no times.
+ACCURACY = "accuracy"
+# A load average before the start from which on times are those of a busy machine.
+BUSY = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,35 @@ def ratio(row: Row, slow: str, fast: str) -> float | None:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Group measurements by point and mode, in the order in which they first appear."""
+    """Group measurements of time by point and mode, in the order in which they first appear."""
     grouped: dict[tuple[Point, str], dict[str, Record]] = {}
     for record in records:
-        point = Point(tuple(record["shape"]), record["dtype"], record["layout"])
-        grouped.setdefault((point, record["mode"]), {})[record["contender"]] = record
+        if record["mode"] != ACCURACY:
+            grouped.setdefault((point_of(record), record["mode"]), {})[record["contender"]] = record
     return [Row(point, mode, found) for (point, mode), found in grouped.items()]
+
+
+def point_of(record: Record) -> Point:
+    """The tensor that a record is about."""
+    return Point(tuple(record["shape"]), record["dtype"], record["layout"])
+
+
+def errors(records: Iterable[Record]) -> dict[tuple[Point, str], dict[float, float]]:
+    """What accuracy.py measured: by tensor and contender, the error at each mean/std."""
+    curves: dict[tuple[Point, str], dict[float, float]] = {}
+    for record in records:
+        if record["mode"] == ACCURACY:
+            curve = curves.setdefault((point_of(record), record["contender"]), {})
+            curve[record["mean_over_std"]] = record["error"]
+    return curves
+
+
+def busy(record: Record) -> str | None:
+    """A warning where the machine had other work when the run of this record began."""
+    load = record.get("load_average")
+    if load is None or load <= BUSY:
+        return None
+    return f"measured on a busy machine (load average {load:.1f}): ratios only"
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -152,6 +179,17 @@ def comparison(found: list[Row]) -> list[str]:
     return lines
 
 
+def error_lines(records: list[Record], ratio: float = 1e4) -> list[str]:
+    """One line for each tensor of accuracy.py: the errors of both at one mean/std."""
+    curves = errors(records)
+    return [
+        f"error at mean/std {ratio:g}, {point}: {ours[ratio]:.2g} standard deviations, "
+        f"nn.BatchNorm1d {curves[point, 'nn'][ratio]:.2g}"
+        for (point, contender), ours in curves.items()
+        if contender == "bn_ext" and ratio in ours and ratio in curves.get((point, "nn"), {})
+    ]
+
+
 def show(records: list[Record], console: Console) -> None:
     """Print the tables and the summary."""
     if not records:
@@ -177,9 +215,13 @@ def show(records: list[Record], console: Console) -> None:
         timed + "GB/s counts the least bytes; the limit is dst.copy_(src) of the same tensor in the same run.",
         sep="\n",
     )
+    if found and (warning := busy(first)):
+        console.print(warning, style="yellow")
     lines = means(found)
     if lines:
         console.print("\nspeed-up over nn.BatchNorm1d, geometric mean", *lines, sep="\n")
         if compiled := compiled_means(found):
             console.print("\nspeed-up over nn.BatchNorm1d, both compiled by torch.compile", *compiled, sep="\n")
         console.print("", *comparison(found), sep="\n")
+    if lines := error_lines(records):
+        console.print("", *lines, sep="\n")

@@ -16,10 +16,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
+from scripting import end, needed
 
-from bn_ext import model
-from grid import Point
+with needed():
+    import torch
+
+    from bn_ext import model
+    from grid import Point
 
 PASSES = ("forward", "backward", "inference")
 POINTS = (
@@ -97,4 +100,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(lambda: main(sys.argv[1:]))

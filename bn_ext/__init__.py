@@ -15,34 +15,36 @@ torch.Size([32, 10])
 
 from __future__ import annotations
 
-from ._guard import load_library
-from ._version import __version__
+from . import _guard
 
-_C = load_library()
+if (_installed := _guard.shadowed()) is not None:
+    _guard.hand_over(__name__, _installed)  # a source folder stands before the package that is installed
+else:
+    _C = _guard.load_library()
+    __version__ = _guard.read_record()["version"]
 
-from . import functional  # noqa: E402  (the library registers the operators that these modules bind)
-from .convert import convert, fusion_report, revert  # noqa: E402
-from .fusion.container import BatchNormAct1d  # noqa: E402
-from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d  # noqa: E402
+    from . import functional
+    from .convert import convert, fusion_report, revert
+    from .fusion.container import BatchNormAct1d
+    from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
 
+    def build_info() -> dict[str, object]:
+        """Return what the library was built with, and the instruction-set level that it uses in this process.
 
-def build_info() -> dict[str, object]:
-    """Return what the library was built with, and the instruction-set level that it uses in this process.
+        `python -m bn_ext` prints it, with what runs here beside it.
 
-    `python -m bn_ext` prints it, with what runs here beside it.
+        Returns:
+            A new dict. "torch": the release of the headers, text. "compiler": its name and release, text.
+            "cplusplus" and "openmp": the values of __cplusplus and _OPENMP, a year and a month as one number; "openmp"
+            is None where kernels run on one thread. "cuda": CUDART_VERSION, 12080 for 12.8, or None in a build without
+            CUDA kernels. "isa_level": "default", "avx2" or "avx512".
 
-    Returns:
-        A new dict. "torch": the release of the headers, text. "compiler": its name and release, text. "cplusplus" and
-        "openmp": the values of __cplusplus and _OPENMP, a year and a month as one number; "openmp" is None where
-        kernels run on one thread. "cuda": CUDART_VERSION, 12080 for 12.8, or None in a build without CUDA kernels.
-        "isa_level": "default", "avx2" or "avx512".
-
-    Example:
-        >>> import bn_ext
-        >>> bn_ext.build_info()["isa_level"] in ("default", "avx2", "avx512")
-        True
-    """
-    return dict(_C.build_info())
+        Example:
+            >>> import bn_ext
+            >>> bn_ext.build_info()["isa_level"] in ("default", "avx2", "avx512")
+            True
+        """
+        return dict(_C.build_info())
 
 
 __all__ = [

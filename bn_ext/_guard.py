@@ -9,11 +9,16 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
+import sys
 import sysconfig
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TypedDict, cast
+from urllib.parse import unquote, urlsplit
 
 HERE = Path(__file__).parent
 RECORD_NAME = "_build.json"
@@ -24,8 +29,8 @@ class BuildRecord(TypedDict):
 
     version: bn_ext's own; torch, torch_cuda, cxx11_abi: torch.__version__, torch.version.cuda and
     torch.compiled_with_cxx11_abi() at build; python: the interpreter's SOABI; compiler: its first line of --version;
-    openmp: whether kernels use torch's threads; cuda, cuda_reason, cuda_archs: whether there are CUDA kernels, why
-    (not), and for which GPUs.
+    openmp, one_thread_reason: whether kernels use torch's threads, and why not; cuda, cuda_reason, cuda_codes: whether
+    there are CUDA kernels, why (not), and nvcc's codes that they were built for ("sm_90,compute_90").
     """
 
     version: str
@@ -35,17 +40,41 @@ class BuildRecord(TypedDict):
     python: str
     compiler: str
     openmp: bool
+    one_thread_reason: str
     cuda: bool
     cuda_reason: str
-    cuda_archs: str
+    cuda_codes: str
+
+
+def installed_from(folder: Path) -> str | None:
+    """Return what the package in folder was installed from, as pip takes it, or None where nobody wrote that down.
+
+    Installers leave it beside the package (PEP 610). A wheel is left out: it fits the torch that it was built for.
+    """
+    for path in folder.parent.glob("bn_ext-*.dist-info/direct_url.json"):
+        try:
+            said = json.loads(path.read_text())
+            url = str(said["url"])
+            if "vcs_info" in said:
+                version = said["vcs_info"].get("requested_revision")
+                return f"{said['vcs_info']['vcs']}+{url}" + (f"@{version}" if version else "")
+            if "dir_info" in said:
+                return unquote(urlsplit(url).path)
+            return None if url.endswith(".whl") else url
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+    return None
 
 
 def install_command(folder: Path = HERE) -> str:
-    """Return what to type to build the package in folder anew: for a checkout with its path, else as seen from one."""
+    """Return what to type to build the package in folder anew: from the checkout or from where it came."""
     checkout = folder.parent
     if (checkout / "setup.py").is_file() and (checkout / "buildtools").is_dir():
-        return f"pip install -e {checkout}"
-    return "pip install --force-reinstall --no-deps .   (in a checkout of bn_ext)"
+        return f"pip install -e {shlex.quote(str(checkout))}"
+    # Without its cache pip builds anew instead of taking the wheel that it keeps of this very source.
+    command = "pip install --force-reinstall --no-deps --no-cache-dir "
+    source = installed_from(folder)
+    return command + (shlex.quote(source) if source else ".   (in a checkout of bn_ext)")
 
 
 def _release(version: str) -> str:
@@ -78,9 +107,40 @@ def complaint(
     return f"bn_ext {what}. Build it for this torch, type: {install_command(folder)}"
 
 
+def has_library(folder: Path) -> bool:
+    """Return whether folder holds a compiled library for this Python."""
+    return any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+
+
+def shadowed(folder: Path = HERE) -> Path | None:
+    """Return the package with a library that a source folder without one hides, or None.
+
+    After `pip install .` in a checkout, Python started there finds the checkout's folder first.
+    """
+    if has_library(folder):
+        return None
+    packages = (Path(entry or ".").resolve() / "bn_ext" for entry in sys.path)
+    return next((p for p in packages if p != folder.resolve() and has_library(p)), None)
+
+
+def hand_over(name: str, installed: Path) -> None:
+    """Put the package in the folder installed in the place of the module of this name, and say so."""
+    warnings.warn(
+        f"bn_ext in {HERE} is a source folder without the compiled library; the installed bn_ext in {installed} is "
+        "used (run from another folder, or pip install -e .)",
+        stacklevel=2,
+    )
+    for part in [part for part in sys.modules if part.startswith(f"{name}.")]:
+        del sys.modules[part]
+    spec = spec_from_file_location(name, installed / "__init__.py", submodule_search_locations=[str(installed)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def read_record(folder: Path = HERE) -> BuildRecord:
     """Return the record beside the library in folder. Raises ImportError where there is no library for this Python."""
-    if not any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+    if not has_library(folder):
         others = sorted(p.name for p in folder.glob("_C.*.so"))
         if others:
             soabi = sysconfig.get_config_var("SOABI")
@@ -89,8 +149,11 @@ def read_record(folder: Path = HERE) -> BuildRecord:
             what = "is a source folder without the compiled library (if bn_ext is installed, run from another folder)"
         raise ImportError(f"bn_ext in {folder} {what}. To build it, type: {install_command(folder)}")
     try:
-        return cast(BuildRecord, json.loads((folder / RECORD_NAME).read_text()))
-    except (OSError, ValueError) as error:
+        record = json.loads((folder / RECORD_NAME).read_text())
+        if missing := BuildRecord.__required_keys__ - set(record):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return cast(BuildRecord, record)
+    except (OSError, ValueError, TypeError) as error:
         raise ImportError(
             f"bn_ext in {folder} has a library without a readable record of its build ({error}). "
             f"Type: {install_command(folder)}"

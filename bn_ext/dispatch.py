@@ -18,10 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import autograd, ops
-from ._guard import read_record
-
-# Devices with kernels; elsewhere torch's own batch norm runs.
-KERNEL_DEVICES = ("cpu", "meta", "cuda") if read_record()["cuda"] else ("cpu", "meta")
+from .devices import kernels_on
 
 # ops.batch_norm's arguments: input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
 # eps.
@@ -29,9 +26,9 @@ Implementation = Callable[..., Tensor]
 
 
 def has_kernel(input: Tensor) -> bool:
-    """Return whether input is a plain strided tensor on a device that this build has kernels for."""
+    """Return whether input is a plain strided tensor on a device that this library has kernels for."""
     plain = type(input) in (Tensor, torch.nn.Parameter) and input.layout == torch.strided
-    return plain and input.device.type in KERNEL_DEVICES
+    return plain and kernels_on(input.device)
 
 
 _PLAIN = Tensor.__torch_dispatch__
@@ -96,7 +93,7 @@ def choose(input: Tensor) -> Implementation | None:
         return autograd.batch_norm if transforms_supported() else None
     if torch.compiler.is_compiling():
         # A graph is made once and run later: whether there is a kernel is settled now. Export shows fake tensors here.
-        plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else input.device.type in KERNEL_DEVICES
+        plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else kernels_on(input.device)
         if not plain or torch.onnx.is_in_onnx_export() or (torch.compiler.is_dynamo_compiling() and is_watched()):
             return None
     else:  # what is asked here costs half of what a call of its own would

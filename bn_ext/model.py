@@ -10,6 +10,7 @@ partial results are left out, the latter are the workspace. The time is these by
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,14 +65,22 @@ PRESETS = {
 }
 
 
+def _plain(name: str) -> str:
+    """Return a GPU's name as people type it: "NVIDIA GeForce RTX 4090" and "rtx-4090" are "rtx4090"."""
+    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", name.lower())
+
+
 def device(name: str) -> Device:
     """Return the preset of that name, or the figures of the GPU that a torch device ("cuda:0") names.
 
     Raises ValueError for any other name, and for a GPU that is not there or that this build has no kernels for.
     """
-    for preset in PRESETS.values():
-        if preset.name.replace(" ", "").lower() == name.replace(" ", "").lower():
-            return preset
+    wish = _plain(name)
+    matching = [
+        preset for preset in PRESETS.values() if wish in (_plain(preset.name), _plain(preset.name).removeprefix("rtx"))
+    ]
+    if matching:
+        return matching[0]
     if not name.startswith("cuda"):
         raise ValueError(f"no such device: {name}; there are {', '.join(PRESETS)} and cuda:0, cuda:1, ...")
     if not hasattr(_C, "query_device"):
@@ -213,4 +222,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .__main__ import quietly
+
+    sys.exit(quietly(main))

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "architectures.h"
 #include "plan.h"
 
 #ifdef WITH_CUDA
@@ -47,6 +48,7 @@ py::dict build_info() {
 #else
   info["openmp"] = py::none();
 #endif
+  info["cuda_codes"] = bn_ext::built_codes();
 #ifdef WITH_CUDA
   info["cuda"] = CUDART_VERSION;
 #else
@@ -177,6 +179,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "What the library was compiled with: torch, cplusplus, compiler, openmp and cuda (version numbers or None), "
         "and the ISA level that it uses in this process.");
   m.def("isa_level", &bn_ext::isa_level, "ISA level of the CPU kernels in use: \"default\", \"avx2\" or \"avx512\".");
+  m.def("runs_on", &bn_ext::runs_on,
+        "Whether code that nvcc built for these codes (\"sm_90,compute_90\") runs on a device of this capability, "
+        "10 * major + minor.",
+        py::arg("codes"), py::arg("capability"));
   m.def("launch_plan", &launch_plan,
         "How a call would be launched on a device with these figures, without making it: the fields of csrc/plan.h's "
         "Plan. pass is forward, inference, backward or inference_backward; shape is (n, c, l); operands are (offset, "

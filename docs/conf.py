@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from sphinx.application import Sphinx
+
 import bn_ext
 
 project = "bn_ext"
@@ -24,3 +28,12 @@ smartquotes = False  # who copies "relu" wants it as it is typed
 default_role = "code"  # docstrings write `x` for code
 python_maximum_signature_line_length = 100
 autodoc_typehints_format = "short"
+
+
+def _hand_out_files(app: Sphinx, page: str, text: list[str]) -> None:
+    """Have a link to a Markdown file outside docs/ hand out that file; MyST takes it for a page and finds none."""
+    text[0] = re.sub(r"\]\((\.\./[^)#\s]+\.md)(?:#[^)\s]*)?\)", r"](path:\1)", text[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", _hand_out_files)

@@ -17,17 +17,20 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import torch
-from rich.console import Console
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-import bn_ext
-import data
-from environment import facts
-from networks import mlp, residual_mlp, resnet
-from train_mlp import DEFAULTS, MOMENTUM, Outcome, Run
+from scripting import end, needed
+
+with needed():
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+    import bn_ext
+    import data
+    from environment import facts
+    from networks import mlp, residual_mlp, resnet
+    from train_mlp import DEFAULTS, MOMENTUM, Outcome, Run
 
 NETWORKS = {"mlp": mlp, "residual": residual_mlp, "resnet": resnet}
 TITLES = {"nn": "nn.BatchNorm1d", "fused": "convert(fuse=True)", "compile": "torch.compile"}
@@ -55,9 +58,7 @@ def train(dataset: data.Dataset, runs: dict[str, Run], epochs: int, batch_size: 
         order = torch.randperm(len(dataset.train_x), generator=shuffle)[: steps * batch_size]
         for index in order.split(batch_size):
             x, y = dataset.train_x[index], dataset.train_y[index]
-            logits = {name: run.step(x, y) for name, run in runs.items()}
-            outcome.first_logit_size = outcome.first_logit_size or float(logits["nn"].abs().max())
-            outcome.logit_gap.append(float((logits["nn"] - logits["fused"]).abs().max()))
+            outcome.compare({name: run.step(x, y) for name, run in runs.items()})
         for run in runs.values():
             run.close_epoch(steps, dataset.test_x, dataset.test_y)
     return outcome
@@ -81,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     epochs, _, lr = DEFAULTS[args.data]
     try:
-        dataset = data.load(args.data, args.root)
+        with needed():
+            dataset = data.load(args.data, args.root)
         torch.manual_seed(args.seed)
         runs = build_runs(NETWORKS[args.network](dataset.features, dataset.classes), lr, not args.no_compile)
         for entry in bn_ext.fusion_report(runs["fused"].model):
             console.print(f"{entry.name}: {entry.computes}" + (f" ({entry.reason})" if entry.reason else ""))
         outcome = train(dataset, runs, args.epochs or epochs, args.batch_size, args.seed)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red")
         return 2
@@ -103,4 +107,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -266,6 +266,10 @@ main() {
         ONLY=${2:-}
         shift
         ;;
+      -h | --help)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        return 0
+        ;;
       -*)
         sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
         return 2

@@ -33,6 +33,14 @@ KEYS = {
     *("limit_fraction", "threads", "torch", "commit", "device_name", "python", "timestamp", "bn_ext", "isa", "speedup"),
     *("driver", "timing", "launches"),
 }
+ERROR = {
+    "shape": [4, 4],
+    "dtype": "float32",
+    "layout": "contiguous",
+    "contender": "nn",
+    "mean_over_std": 10.0,
+    "error": 0.5,
+}
 TINY = timing.Plan(block=1e-5, budget=0.0, min_rounds=2)
 
 
@@ -110,8 +118,13 @@ def test_filter_patterns() -> None:
 
 def test_result_file_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "figure.png"
+    monkeypatch.setattr(bench_batchnorm.accuracy, "measure", lambda device: [{"mode": report.ACCURACY, **ERROR}])
     found = measure(monkeypatch, tmp_path / "r.jsonl", "--quick", "--filter", "32x64*,128x256", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+    error = found.pop()
+    assert error.items() >= ERROR.items() and error["commit"] == found[0]["commit"], (
+        "what the figure shows is in the file"
+    )
     points = grid.select(grid.QUICK, ["32x64*,128x256"])
     assert len(points) >= 4 and len(found) == len(points) * len(grid.DEFAULT_MODES) * 3
     for line in found:
@@ -328,7 +341,7 @@ def test_geometric_mean_by_mode_dtype_and_layout() -> None:
     "arguments",
     [
         *(["--modes", "sideways"], ["--threads", "0"], ["--device", "abacus"], ["--filter", "7x7"]),
-        *(["--seconds", "0"], ["--replay"]),
+        *(["--seconds", "0"], ["--replay"], ["--plot", "x.png", "--fusion"]),
     ],
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ def test_compiled_training_graph_holds_our_operator_alone(device: str) -> None:
 
 def test_a_device_without_kernels_is_native_from_the_trace_on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph runs where no exception handler of ours does: the choice cannot wait for the kernel to be missing."""
-    monkeypatch.setattr(bn_ext.dispatch, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(bn_ext.dispatch, "kernels_on", lambda device: False)
     calls = Calls()
     torch.compile(network(device), fullgraph=True, backend=calls)(normal((6, 8), device=device))
     (graph,) = calls.graphs

@@ -20,16 +20,17 @@ from processes import PACKAGE, ROOT, on_linux, run
 
 def record(**changes: Any) -> _guard.BuildRecord:
     return {
-        "version": "0.1.0",
+        "version": "0.2.0",
         "torch": "2.13.0+cu130",
         "torch_cuda": "13.0",
         "cxx11_abi": True,
         "python": "cpython-311-x86_64-linux-gnu",
         "compiler": "g++ 12",
         "openmp": True,
+        "one_thread_reason": "",
         "cuda": True,
         "cuda_reason": "built with nvcc 13.0",
-        "cuda_archs": "9.0",
+        "cuda_codes": "sm_90",
         **changes,
     }  # type: ignore[typeddict-item]
 
@@ -69,7 +70,7 @@ def test_guard_complains(
     said = _guard.complaint(built, *running, folder=tmp_path / "bn_ext")
     assert said is not None
     assert all(word in said for word in words)
-    assert "type: pip install --force-reinstall --no-deps ." in said
+    assert "type: pip install --force-reinstall --no-deps --no-cache-dir ." in said
     in_checkout = _guard.complaint(built, *running, folder=ROOT / "bn_ext")
     assert in_checkout is not None
     assert in_checkout.endswith(f"type: pip install -e {ROOT}")
@@ -109,7 +110,8 @@ def test_python_m_bn_ext(tmp_path: Path) -> None:
     environ = {"PYTHONPATH": str(PACKAGE.parent), "ATEN_CPU_CAPABILITY": "default"}
     lines = run(sys.executable, "-m", "bn_ext", cwd=tmp_path, **environ).stdout
     for words in (
-        f"bn_ext +{bn_ext.__version__}",
+        f"bn_ext +{re.escape(bn_ext.__version__)}",
+        "GPU code +(none|sm_.+)",
         f"torch running +{re.escape(torch.__version__)}",
         "CUDA +(yes|no): .+",
     ):
@@ -146,3 +148,82 @@ def test_library_needs_torch_and_the_system_only() -> None:
     assert {"libc10.so", "libtorch_cpu.so"} <= needed
     assert [name for name in needed if not re.match(allowed, name)] == []
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), "the library must find torch's libraries loaded, not by path"
+
+
+# --- where it came from, and what stands before it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "source"),
+    [
+        ({"url": "file:///a/b c", "dir_info": {}}, "'/a/b c'"),
+        ({"url": "file:///a/b%20c", "dir_info": {"editable": False}}, "'/a/b c'"),
+        (
+            {"url": "https://x.invalid/bn.git", "vcs_info": {"vcs": "git", "commit_id": "12"}},
+            "git+https://x.invalid/bn.git",
+        ),
+        (
+            {"url": "file:///r", "vcs_info": {"vcs": "git", "commit_id": "12", "requested_revision": "main"}},
+            "git+file:///r@main",
+        ),
+        ({"url": "https://x.invalid/bn_ext-0.2.0.tar.gz", "archive_info": {}}, "https://x.invalid/bn_ext-0.2.0.tar.gz"),
+        (
+            {"url": "https://x.invalid/bn_ext-0.2.0-cp311-cp311-linux_x86_64.whl", "archive_info": {}},
+            ".   (in a checkout",
+        ),
+        ({"nothing": 1}, ".   (in a checkout of bn_ext)"),
+    ],
+)
+def test_remedy_names_where_it_came_from(said: dict[str, Any], source: str, tmp_path: Path) -> None:
+    (tmp_path / "bn_ext-0.2.0.dist-info").mkdir()
+    (tmp_path / "bn_ext-0.2.0.dist-info" / "direct_url.json").write_text(json.dumps(said))
+    command = _guard.install_command(tmp_path / "bn_ext")
+    assert command.startswith(f"pip install --force-reinstall --no-deps --no-cache-dir {source}")
+
+
+def test_a_source_folder_hands_over_to_the_installed_package(tmp_path: Path) -> None:
+    """As after `pip install .` in a checkout, with Python started there."""
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    libraries = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+    shutil.copytree(PACKAGE, checkout / "bn_ext", ignore=libraries)
+    shutil.copytree(PACKAGE, site / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(checkout / "bn_ext" / "modules.py", "w") as file:
+        file.write("raise AssertionError('the source folder was imported')\n")
+    done = run(sys.executable, "-m", "bn_ext", cwd=checkout, PYTHONPATH=str(site))
+    assert f"installed in    {site / 'bn_ext'}" in done.stdout
+    assert done.stdout.count("is a source folder without the compiled library") == 1
+    code = (
+        "import bn_ext, torch, pickle; from bn_ext import FusedBatchNorm1d; from bn_ext.functional import batch_norm\n"
+        "print(bn_ext.__file__); pickle.loads(pickle.dumps(FusedBatchNorm1d(3)))(torch.randn(4, 3))"
+    )
+    done = run(sys.executable, "-W", "ignore", "-c", code, cwd=checkout, PYTHONPATH=str(site))
+    assert done.stdout.strip() == str(site / "bn_ext" / "__init__.py")
+    alone = run(
+        sys.executable,
+        "-S",
+        "-c",
+        "import bn_ext",
+        cwd=checkout,
+        check=False,
+        PYTHONPATH=str(Path(torch.__file__).parent.parent),
+    )
+    assert "source folder without the compiled library" in alone.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", [["bn_ext"], ["bn_ext.model", "--shape", "64", "64"]])
+def test_a_closed_pipe_ends_quietly(module: list[str], tmp_path: Path) -> None:
+    line = " ".join([sys.executable, "-u", "-m", *module])
+    done = run("bash", "-o", "pipefail", "-c", f"{line} | true", cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+    assert done.stdout == ""
+
+
+def test_version(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "bn_ext", "--version", cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+    assert done.stdout.strip() == f"bn_ext {bn_ext.__version__}"
+
+
+def test_a_record_of_another_build_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    (tmp_path / "_build.json").write_text(json.dumps({k: v for k, v in record().items() if k != "cuda_codes"}))
+    with pytest.raises(ImportError, match="it lacks cuda_codes"):
+        _guard.read_record(tmp_path)

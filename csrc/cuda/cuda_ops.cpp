@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "architectures.h"
 #include "composite.h"
 #include "glue_activated.h"
 #include "launch.h"
@@ -26,6 +27,9 @@ Device device_figures(c10::DeviceIndex index) {
   const std::lock_guard<std::mutex> lock(mutex);
   Device& device = known.at(static_cast<size_t>(index));
   if (device.capability == 0) C10_CUDA_CHECK(query_device(index, &device));
+  TORCH_CHECK_NOT_IMPLEMENTED(runs_on(built_codes(), device.capability), "bn_ext was built for ", built_codes(),
+                              ", which does not run on a GPU of compute capability ", device.capability / 10, ".",
+                              device.capability % 10);
   return device;
 }
 
