@@ -10,7 +10,7 @@ import bn_ext
 
 project = "bn_ext"
 copyright = "2026, the bn_ext authors"
-version = release = bn_ext.__version__
+version = release = bn_ext.__version__.split("+")[0]  # without the torch that this library was built for
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["build"]
