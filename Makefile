@@ -1,6 +1,6 @@
-# make demo | test | bench | lint: each sets up .venv and builds the library when needed, from python3, a C++ compiler
-# and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place, TORCH another torch:
-# it gets an environment and a build of its own beside the one for development.
+# make demo | test | bench | lint | docs: each sets up .venv and builds the library when needed, from python3, a C++
+# compiler and make alone. `make help` lists them all. PYTHON and VENV choose another interpreter and another place, TORCH another
+# torch: it gets an environment and a build of its own beside the one for development.
 
 PYTHON ?= python3
 TORCH ?=
@@ -18,7 +18,7 @@ LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize bench bench-all bench-compare lint format build clean distclean
+.PHONY: help demo test sanitize bench bench-all bench-compare lint docs format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-epyc'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
+	@echo 'make docs    the pages of docs/ and the docstrings as a site: build/docs/index.html'
 	@echo 'make format  let ruff and clang-format lay the code out'
 	@echo 'make build   set up $(VENV) and build the library'
 	@echo 'make clean   remove what builds and runs left; make distclean removes $(VENV) too'
@@ -64,6 +65,10 @@ lint: $(STAMPS)/lint $(STAMPS)/torch
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
+# All pages anew, each time: a warning, a broken link among them, is given only where a page is read. No network.
+docs: $(STAMPS)/docs $(STAMPS)/built
+	$(PY) -m sphinx -a -E -W --keep-going -q -d build/doctrees docs build/docs
+
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -95,7 +100,7 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
 	@touch $@
 
 # torch comes first: a package that asks for torch then finds the pinned one.
-$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/lint: $(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/demo $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/%: requirements/%.txt $(STAMPS)/torch
 	$(INSTALL) -q -r $<
 	@touch $@
 

@@ -66,6 +66,27 @@ def convert(model: Model, fuse: bool = False) -> Model:
     Batch norms and activations stay what they are: one that is replaced, hooked, parametrized, synchronised or folded
     later is called as ever. What is computed where, why not more, and what was left alone is in
     bn_ext.fusion_report(model), and logged to "bn_ext" at level INFO; without fuse, what was left alone.
+
+    Args:
+        model: any nn.Module. A lone nn.BatchNorm1d is one too.
+        fuse: also compute what follows a batch norm in the same pass.
+
+    Returns:
+        model itself.
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
+        >>> weight = model[1].weight
+        >>> bn_ext.convert(model, fuse=True) is model
+        True
+        >>> type(model[1]).__name__, model[1].weight is weight
+        ('FusedBatchNorm1d', True)
     """
     undo = _Undo()
     try:
@@ -100,7 +121,23 @@ def revert(model: Model) -> Model:
     """Undo convert: make every FusedBatchNorm1d and LazyFusedBatchNorm1d of model torch's own, in place.
 
     What calls them gets its own class back; where a tool has made a subclass of it since, its forward stays, and calls
-    the batch norms as they are.
+    the batch norms as they are. A BatchNormAct1d stays one, with a batch norm of torch's in it.
+
+    Args:
+        model: any nn.Module, converted or built with the fused classes.
+
+    Returns:
+        model itself.
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = bn_ext.convert(nn.Sequential(nn.BatchNorm1d(5), nn.ReLU()), fuse=True)
+        >>> type(bn_ext.revert(model)[0]) is nn.BatchNorm1d, type(model) is nn.Sequential
+        (True, True)
     """
     for module in list(model.modules()):
         if type(module) in _NATIVE:
@@ -114,7 +151,25 @@ def revert(model: Model) -> Model:
 def fusion_report(model: nn.Module) -> list[Fusion]:
     """Return every place where model calls a FusedBatchNorm1d: what is computed there now, and why that is no more.
 
-    Batch norms that convert leaves alone are there too, with the reason.
+    Batch norms that convert leaves alone are there too, with the reason. The model is only looked at.
+
+    Args:
+        model: any nn.Module, converted or not.
+
+    Returns:
+        A list of bn_ext.fusion.report.Fusion, in the order of model.named_modules().
+
+    Raises:
+        AttributeError: model is no nn.Module.
+
+    Example:
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> model = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.Tanh())
+        >>> for entry in bn_ext.fusion_report(bn_ext.convert(model, fuse=True)):
+        ...     print(entry.name, entry.computes, entry.reason or "-", sep="; ")
+        0; relu(batch norm); -
+        2; batch norm; Tanh follows, which there is no kernel for
     """
     return Analysis(model).report()
 

@@ -39,30 +39,55 @@ def batch_norm(
 ) -> Tensor:
     """Apply batch normalisation to every channel, as torch.nn.functional.batch_norm does.
 
-    With residual or activation the result is act(batch_norm(input) + residual), in the same passes over memory.
+    The formulas are those of FusedBatchNorm1d. With residual or activation the result is
+    act(batch_norm(input) + residual), in the same passes over memory.
 
     Args:
         input: (N, C) or (N, C, L), float64, float32, bfloat16 or float16, of any strides. Tensors of another rank,
             device or layout go to torch.nn.functional.batch_norm.
         running_mean, running_var: (C,), updated in place when training, else what input is normalised by.
-        weight, bias: (C,) or None.
+        weight, bias: (C,) or None, which are ones and zeros.
         training: use the statistics of input.
-        momentum: share of the batch in the running statistics.
-        eps: added to the variance.
+        momentum: share of the batch in the running statistics, from 0 to 1.
+        eps: added to the variance, in units of input squared.
         residual: what is added before the activation; of input's shape and dtype for one pass. Backward of silu and
             gelu reads it again, so it is kept, by reference, and must not change; of the others it does not.
         activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).
         negative_slope: leaky_relu's.
         inplace: write the result into input; in evaluation only, and where autograd does not need input.
 
+    Shape:
+        - input: (N, C) or (N, C, L)
+        - running_mean, running_var, weight, bias: (C,), or any shape of C values
+        - residual: input's, or one that can be added to it
+
+    Dtypes:
+        - input: float64, float32, bfloat16 or float16
+        - running_mean, running_var, weight, bias: any of these, whatever input's
+
     Returns:
-        Tensor of input's shape and dtype, in input's memory format.
+        Tensor of input's shape and dtype, in input's memory format. A residual of another shape or dtype is added as
+        torch adds it, which may make both larger.
 
     Raises:
         ValueError: one value per channel in training; eps not positive in training, or negative; no such activation.
         RuntimeError: a per-channel tensor that is not of size C; running statistics missing when not training; a
             residual that cannot be added; inplace in training or where autograd needs input.
         NotImplementedError: input is not of a floating type.
+
+    Example:
+        >>> import torch
+        >>> from bn_ext.functional import batch_norm
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> mean, var = torch.zeros(2), torch.ones(2)
+        >>> batch_norm(x, mean, var, training=True)
+        tensor([[-1.0000, -1.0000],
+                [ 1.0000,  1.0000]])
+        >>> mean
+        tensor([0.2000, 2.0000])
+        >>> batch_norm(x, None, None, training=True, residual=torch.full((2, 2), 0.5), activation="relu")
+        tensor([[0.0000, 0.0000],
+                [1.5000, 1.5000]])
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         norm = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -161,3 +186,6 @@ def kernels_beneath_modes() -> Iterator[None]:
     finally:
         for mode in reversed(above):
             _push_mode(mode)
+
+
+__all__ = ["batch_norm"]  # what is for users; the rest of bn_ext takes more from here

@@ -54,19 +54,63 @@ def state_of(norm: nn.BatchNorm1d) -> State:
 class FusedBatchNorm1d(nn.BatchNorm1d):
     """Drop-in for torch.nn.BatchNorm1d: same constructor, parameters, buffers, state_dict, errors.
 
-    Input (N, C) or (N, C, L) of any strides, float64, float32, bfloat16 or float16; parameters and buffers of any of
-    these types. The output has the input's shape, dtype and memory format. Differences, all in the user's favour: the
-    statistics are accurate for any mean and batch size, results are bitwise the same for every number of threads, and
-    a call that raises leaves running_mean, running_var and num_batches_tracked as they were. Where no kernel exists
-    (device, layout, forward-mode AD, vmap), torch.nn.BatchNorm1d's own forward runs.
+    Every channel is normalised, scaled and shifted on its own (Ioffe and Szegedy, "Batch Normalization", 2015,
+    algorithm 1, https://arxiv.org/abs/1502.03167)::
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    In training, mean and var are those of the batch, var the biased one: the sum of squared deviations over the number
+    of values n = N * L. The running statistics move towards them, with the unbiased variance, n / (n - 1) of that::
+
+        running = (1 - momentum) * running + momentum * of_the_batch
+
+    In evaluation, mean and var are the running statistics.
+
+    Differences from torch's module, all in the user's favour: the statistics are accurate for any mean and batch size,
+    results are bitwise the same for every number of threads, and a call that raises leaves running_mean, running_var
+    and num_batches_tracked as they were. Where no kernel exists (device, layout, forward-mode AD, vmap),
+    torch.nn.BatchNorm1d's own forward runs.
 
     It computes batch norm and nothing else. What follows it runs in the same passes over memory where the model that
     calls it was converted with bn_ext.convert(model, fuse=True), and in bn_ext.BatchNormAct1d.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance, in units of the input squared; above 0 in training.
+        momentum: share of the batch in the running statistics, from 0 to 1. None: 1 / num_batches_tracked, which makes
+            them the plain mean over all batches.
+        affine: have a weight, ones at first, and a bias, zeros at first.
+        track_running_stats: have running_mean, running_var and num_batches_tracked. Without them evaluation goes by
+            the batch's own statistics too.
+        device: where parameters and buffers are made.
+        dtype: of parameters and running statistics.
+        bias: False leaves the bias out; only with torch releases whose BatchNorm1d takes it.
+
+    Shape:
+        - input: (N, C) or (N, C, L), of any strides
+        - output: the input's shape and memory format
+        - weight, bias, running_mean, running_var: (C,)
+
+    Dtypes:
+        - input: float64, float32, bfloat16 or float16; the output has the same
+        - parameters and running statistics: any of these, whatever the input's
 
     Raises:
         ValueError: input is not 2-D or 3-D; one value per channel in training; eps out of range.
         RuntimeError: input does not have num_features channels.
         NotImplementedError: input is not of a floating type.
+
+    Example:
+        >>> import torch
+        >>> from bn_ext import FusedBatchNorm1d
+        >>> norm = FusedBatchNorm1d(2, affine=False)
+        >>> norm(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        tensor([[-1.0000, -1.0000],
+                [ 1.0000,  1.0000]])
+        >>> norm.running_mean  # a tenth of the way from 0 to the means, 2 and 20
+        tensor([0.2000, 2.0000])
+        >>> norm.eval()(torch.randn(4, 2, 100)).shape
+        torch.Size([4, 2, 100])
     """
 
     if not TYPE_CHECKING:  # torch's own signature, whichever its release has
@@ -99,7 +143,27 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
 
 
 class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):
-    """Drop-in for torch.nn.LazyBatchNorm1d: takes num_features from its first input and becomes FusedBatchNorm1d."""
+    """Drop-in for torch.nn.LazyBatchNorm1d: takes num_features from its first input and becomes FusedBatchNorm1d.
+
+    Args:
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as in FusedBatchNorm1d.
+
+    Shape:
+        - input: (N, C) or (N, C, L); C of the first one is num_features from then on
+        - output: as input
+
+    Raises:
+        ValueError: the first input is not 2-D or 3-D; and what FusedBatchNorm1d raises.
+
+    Example:
+        >>> import torch
+        >>> from bn_ext import LazyFusedBatchNorm1d
+        >>> norm = LazyFusedBatchNorm1d()
+        >>> norm(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+        >>> type(norm).__name__, norm.num_features
+        ('FusedBatchNorm1d', 3)
+    """
 
     cls_to_become = FusedBatchNorm1d
 

@@ -28,7 +28,7 @@ def _module_of(activation: str | nn.Module | None, negative_slope: float) -> nn.
 class BatchNormAct1d(nn.Module):
     """act(norm(x)), or act(norm(x) + residual) where it is called with a residual, in one pass over memory.
 
-    Its children are ordinary modules, `norm`, a FusedBatchNorm1d, and `act`. Where they are what they were made as,
+    Its children are ordinary modules: norm, a FusedBatchNorm1d, and act. Where they are what they were made as,
     nobody listens to them and the residual has the input's shape and dtype, one operator computes it all, in eager
     mode, under torch.compile and in torch.export; else they are called one after the other, so that a child may be
     replaced, hooked, frozen, quantised, folded or scripted.
@@ -41,13 +41,30 @@ class BatchNormAct1d(nn.Module):
         activation: "relu", "leaky_relu", "silu", "gelu" (the exact one, by erf), any nn.Module, or None. A module that
             is not nn.ReLU, nn.LeakyReLU, nn.SiLU or exact nn.GELU is called behind the batch norm.
         negative_slope: leaky_relu's.
-        eps, momentum, affine, track_running_stats, device, dtype, options: FusedBatchNorm1d's.
+        eps, momentum, affine, track_running_stats, device, dtype, options: as in FusedBatchNorm1d.
 
     Shape:
-        input (N, C) or (N, C, L), residual whatever can be added to it; output as input.
+        - input: (N, C) or (N, C, L)
+        - residual: the input's, for one pass; or one that can be added to it
+        - output: as input
+
+    Dtypes:
+        - input, parameters, running statistics: as FusedBatchNorm1d's
+        - residual: the input's, for one pass; or any that can be added to it
 
     Raises:
         ValueError: no such activation; and what FusedBatchNorm1d raises.
+        RuntimeError: the residual cannot be added; nothing has been counted then.
+
+    Example:
+        >>> import torch
+        >>> from bn_ext import BatchNormAct1d
+        >>> block = BatchNormAct1d(4, activation="silu")
+        >>> x = torch.randn(8, 4, 100)
+        >>> block(x).shape, block(x, residual=x).shape
+        (torch.Size([8, 4, 100]), torch.Size([8, 4, 100]))
+        >>> block.norm.num_batches_tracked
+        tensor(2)
     """
 
     def __init__(

@@ -33,6 +33,13 @@ class Fusion:
         computes: what is computed there in one pass.
         reason: why that is no more than the batch norm; "" where it is more.
         converted: whether it is a batch norm of ours, and not one that convert leaves alone.
+
+    Example:
+        >>> from torch import nn
+        >>> import bn_ext
+        >>> (entry,) = bn_ext.fusion_report(bn_ext.convert(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()), fuse=True))
+        >>> entry.name, entry.computes, entry.fused
+        ('0', 'relu(batch norm)', True)
     """
 
     name: str
@@ -43,6 +50,7 @@ class Fusion:
 
     @property
     def fused(self) -> bool:
+        """Whether more than the batch norm is computed there in one pass."""
         return not self.reason
 
 
