@@ -114,5 +114,7 @@ def test_a_closed_pipe_ends_a_script_quietly(script: str, arguments: str, tmp_pa
             command, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if not line.startswith("measured on a busy machine") and line.strip()]
+    said = [
+        line for line in done.stderr.splitlines() if not line.startswith("measured on a busy machine") and line.strip()
+    ]
     assert said == []
