@@ -130,6 +130,13 @@ def distributed_tensors(device: str) -> Any:
         distribute_module(nn.BatchNorm1d(5, dtype=F64), mesh)(distribute_tensor(x, mesh, [Shard(0)]))
     except NotImplementedError as refusal:
         return refusal.args[0]
+    try:
+        module = distribute_module(nn.BatchNorm1d(5, dtype=F64), mesh)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        compiled(distribute_tensor(x, mesh, [Shard(0)])).square().sum().backward()
+    except Exception as failure:  # torch 2.14 and 2.15 cannot
+        return f"compiled, {type(failure).__name__}: {str(failure)[:200]}"
+    torch.compiler.reset()
     found = []
     for cls in KINDS:
         for compiled in (False, True):

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 import bn_ext
-from drop_in import F64, FUSED, NATIVE, Norm, Raised, assert_alike, both, held, outcome, ran, told
+from drop_in import CLASSES, F64, FUSED, NATIVE, Norm, Raised, assert_alike, both, held, outcome, ran, told
 from support import OpLog, module_for, normal
 
 pytestmark = [
@@ -232,7 +232,8 @@ def test_folding_of_every_kind_of_batch_norm(device: str, tool: Any, options: di
         model = nn.Sequential(nn.Conv1d(3, 5, 2), module_for(cls, 5, **options), nn.ReLU()).to(device, F64)
         return tool(bn_ext.revert(model) if tool is folded_by_fx else model, device)
 
-    told(lambda: scenario(nn.BatchNorm1d))  # torch warns of its tools' age once a process
+    for cls in CLASSES:  # torch warns of the age of what it is shown first, once a process and class
+        told(lambda cls=cls: scenario(cls))
     both(scenario)
 
 
