@@ -70,12 +70,22 @@ PARTS = (
     ),
     Part("-memory", (("memory.py",),)),
     Part("-pairing", (("pairing.py",),)),
+    Part("-accuracy", (("accuracy.py",),)),
 )
+FIGURE = ("-2t", "-accuracy")  # what it is drawn of
 
 
 def without_huge_pages() -> None:
     """Give this process and its children small pages alone."""
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def draw(name: str) -> str | None:
+    """Draw the figure of the files that are there; return what went wrong, or None."""
+    files = [path for part in FIGURE if (path := RESULTS / f"{name}{part}.jsonl").is_file()]
+    target = RESULTS / f"{name}-2t.png"
+    done = subprocess.run([sys.executable, str(BENCH / "plot.py"), *map(str, files), str(target)], check=False)
+    return f"plot.py ended with status {done.returncode}" if done.returncode else None
 
 
 def measure(part: Part, target: Path) -> str | None:
@@ -140,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n== {number} of {len(args.parts)}: {target.name}", flush=True)
         if wrong := measure(part, target):
             failed.append(f"{target.name}: {wrong}")
+    if any(part.name in FIGURE for part in args.parts) and (wrong := draw(args.name)):
+        failed.append(f"{args.name}-2t.png: {wrong}")
     for line in failed:
         print(f"not measured: {line}")
     return 1 if failed else 0

@@ -57,8 +57,8 @@ def test_every_quoted_file_is_there() -> None:
 
 
 def test_every_quoted_file_is_measured_by_bench_all() -> None:
-    made = {f"cpu-epyc{part.name}" for part in bench_all.PARTS} | {f"cpu{part.name}" for part in bench_all.PARTS}
-    assert {file.stem for file in FILES} - made <= {"cpu-epyc-2t-compiled", "cpu-accuracy"}
+    made = {f"cpu-epyc{part.name}" for part in bench_all.PARTS}
+    assert {file.stem for file in FILES} <= made
 
 
 def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +86,21 @@ def test_a_part_that_fails_leaves_the_old_file(
     assert (tmp_path / "local-broken.jsonl").read_text() == "old\n"
     assert (tmp_path / "local-whole.jsonl").read_text() == "{}\n{}\n"
     assert "not measured: local-broken.jsonl" in capsys.readouterr().out
+
+
+def test_the_figure_follows_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_all, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_all, "measure", lambda part, target: shutil.copy(measured[part.name], target) and None)
+    measured = {part: next(file for file in FILES if file.stem == f"cpu-epyc{part}") for part in bench_all.FIGURE}
+    assert bench_all.main(["--anyway", "--name", "mine", "--only", "accuracy"]) == 0
+    alone = (tmp_path / "mine-2t.png").read_bytes()
+    assert bench_all.main(["--anyway", "--name", "mine", "--only", "2t"]) == 0
+    assert (tmp_path / "mine-2t.png").read_bytes() != alone, "of both files"
+    monkeypatch.setattr(bench_all, "measure", lambda part, target: target.write_text("") and None)
+    assert bench_all.main(["--anyway", "--name", "empty", "--only", "accuracy"]) == 1
+    assert "not measured: empty-2t.png: plot.py ended with status 1" in capsys.readouterr().out
 
 
 def test_a_process_beside_counts_as_busy() -> None:
