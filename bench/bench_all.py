@@ -88,12 +88,12 @@ def draw(name: str) -> str | None:
     return f"plot.py ended with status {done.returncode}" if done.returncode else None
 
 
-def measure(part: Part, target: Path) -> str | None:
-    """Run the commands of a part and write their lines to target; return what went wrong, or None.
+def measure(part: Part, target: Path, of: str) -> str | None:
+    """Run the commands of a part, of a commit, and write their lines to target; return what went wrong, or None.
 
     target is written when all is measured: half a file would pass for a whole one.
     """
-    environ = dict(os.environ)
+    environ = {**os.environ, "BENCH_COMMIT": of}
     if part.preloaded:
         library = tcmalloc()
         if library is None:
@@ -137,18 +137,19 @@ def main(argv: list[str] | None = None) -> int:
         for part in args.parts:
             print(f"{args.name}{part.name}.jsonl", *(f"    {' '.join(command)}" for command in part.commands), sep="\n")
         return 0
+    of = commit()  # now: once the first file is written, a tracked file is changed
     if not args.anyway:
         if (share := busy_share()) is not None and share > BUSY_SHARE:
             print(f"bench_all.py: other processes keep {share:.0%} of the processors busy; stop them, or --anyway")
             return 2
-        if commit().endswith("-dirty"):
+        if of.endswith("-dirty"):
             print("bench_all.py: tracked files are changed, so no commit names what is measured; commit, or --anyway")
             return 2
     failed = []
     for number, part in enumerate(args.parts, 1):
         target = RESULTS / f"{args.name}{part.name}.jsonl"
         print(f"\n== {number} of {len(args.parts)}: {target.name}", flush=True)
-        if wrong := measure(part, target):
+        if wrong := measure(part, target, of):
             failed.append(f"{target.name}: {wrong}")
     if any(part.name in FIGURE for part in args.parts) and (wrong := draw(args.name)):
         failed.append(f"{args.name}-2t.png: {wrong}")

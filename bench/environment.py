@@ -30,15 +30,18 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it when a tracked file is changed.
+    """What BENCH_COMMIT says, else the checkout's commit, with "-dirty" behind it when a tracked file is changed.
 
-    Outside a checkout it is what BENCH_COMMIT says, else "unknown".
+    "unknown" outside a checkout. BENCH_COMMIT is for sources copied without their history, and for a series of runs,
+    the first of which writes a tracked result file.
     """
+    if told := os.environ.get("BENCH_COMMIT"):
+        return told
     command = ["git", "-C", str(_HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
 
 
 def driver() -> str | None:

@@ -63,7 +63,7 @@ def test_every_quoted_file_is_measured_by_bench_all() -> None:
 
 def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_all, "busy_share", lambda: 0.4)
-    monkeypatch.setattr(bench_all, "measure", lambda part, target: pytest.fail("measured all the same"))
+    monkeypatch.setattr(bench_all, "measure", lambda part, target, of: pytest.fail("measured all the same"))
     assert bench_all.main([]) == 2
     assert "other processes keep 40% of the processors busy" in capsys.readouterr().out
     monkeypatch.setattr(bench_all, "busy_share", lambda: 0.0)
@@ -77,14 +77,17 @@ def test_a_part_that_fails_leaves_the_old_file(
 ) -> None:
     monkeypatch.setattr(bench_all, "RESULTS", tmp_path)
     broken = bench_all.Part("-broken", (("pairing.py", "--no-such-option"),))
-    writes = "import sys; open(sys.argv[-1], 'w').write('{}\\n')"
+    writes = "import os, sys; open(sys.argv[-1], 'w').write(os.environ['BENCH_COMMIT'] + '\\n')"
     (tmp_path / "writer.py").write_text(writes)
     whole = bench_all.Part("-whole", ((str(tmp_path / "writer.py"),), (str(tmp_path / "writer.py"),)))
-    monkeypatch.setattr(bench_all, "PARTS", (broken, whole))
+    monkeypatch.setattr(bench_all, "PARTS", (broken, whole, bench_all.Part("-later", whole.commands)))
+    commits = iter(["abc", "abc-dirty"])  # as git says once the first file is written
+    monkeypatch.setattr(bench_all, "commit", lambda: next(commits))
     (tmp_path / "local-broken.jsonl").write_text("old\n")
     assert bench_all.main(["--anyway"]) == 1
     assert (tmp_path / "local-broken.jsonl").read_text() == "old\n"
-    assert (tmp_path / "local-whole.jsonl").read_text() == "{}\n{}\n"
+    for name in ("local-whole.jsonl", "local-later.jsonl"):
+        assert (tmp_path / name).read_text() == "abc\nabc\n"
     assert "not measured: local-broken.jsonl" in capsys.readouterr().out
 
 
@@ -92,13 +95,15 @@ def test_the_figure_follows_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_all, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench_all, "measure", lambda part, target: shutil.copy(measured[part.name], target) and None)
+    monkeypatch.setattr(
+        bench_all, "measure", lambda part, target, of: shutil.copy(measured[part.name], target) and None
+    )
     measured = {part: next(file for file in FILES if file.stem == f"cpu-epyc{part}") for part in bench_all.FIGURE}
     assert bench_all.main(["--anyway", "--name", "mine", "--only", "accuracy"]) == 0
     alone = (tmp_path / "mine-2t.png").read_bytes()
     assert bench_all.main(["--anyway", "--name", "mine", "--only", "2t"]) == 0
     assert (tmp_path / "mine-2t.png").read_bytes() != alone, "of both files"
-    monkeypatch.setattr(bench_all, "measure", lambda part, target: target.write_text("") and None)
+    monkeypatch.setattr(bench_all, "measure", lambda part, target, of: target.write_text("") and None)
     assert bench_all.main(["--anyway", "--name", "empty", "--only", "accuracy"]) == 1
     assert "not measured: empty-2t.png: plot.py ended with status 1" in capsys.readouterr().out
 
