@@ -7,6 +7,7 @@ TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 RESULT ?= bench/results/local
 SANITIZE ?= full
+TEST_JOBS ?= 2
 NAME ?= local
 
 BIN := $(VENV)/bin
@@ -38,9 +39,10 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 	$(PY) examples/train_mlp.py
 	$(PY) bench/bench_batchnorm.py --quick
 
-# From another folder, so that with TORCH the installed package is tested and not the sources.
+# From another folder, so that with TORCH the installed package is tested and not the sources. In processes side by side,
+# whose idle threads sleep instead of spinning on cores that others need.
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
-	cd tests && $(abspath $(PY)) -m pytest -q .
+	cd tests && OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile .
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from processes import SECTIONS
 from support import DEVICES, no_cuda_reason
 
 # The same examples on every run by default, so that a red run can be repeated; "explore" draws new ones.
@@ -23,7 +25,21 @@ _TABLE = pytest.StashKey[list[Row]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: small accuracy and layout core, also run once per instruction-set level")
-    config.stash[_TABLE] = []
+    config.stash[_TABLE], config.stash[SECTIONS] = [], []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give what a worker of pytest-xdist has to print to the process that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["printed"] = session.config.stash[_TABLE], session.config.stash[SECTIONS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    rows, sections = getattr(node, "workeroutput", {}).get("printed", ((), ()))
+    node.config.stash[_TABLE] += [tuple(row) for row in rows]
+    node.config.stash[SECTIONS] += [tuple(section) for section in sections]
 
 
 @pytest.fixture(params=DEVICES)
@@ -81,6 +97,9 @@ def _worst_by_ratio(rows: list[Row]) -> list[Row]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for title, lines in config.stash[SECTIONS]:
+        terminalreporter.section(title)
+        terminalreporter.write("".join(f"{line}\n" for line in lines))
     rows = config.stash[_TABLE]
     if not rows:
         return

@@ -14,6 +14,9 @@ import bn_ext
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(bn_ext.__file__).resolve().parent
 
+# What is to be printed after the run, as pairs of a title and lines (conftest.py).
+SECTIONS = pytest.StashKey[list[tuple[str, list[str]]]]()
+
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps or ELF files")
 
 

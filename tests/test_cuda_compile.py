@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import SECTIONS
 from simt.bridge import without_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +157,8 @@ def compiled(toolkit: Path, request: pytest.FixtureRequest) -> dict[Path, Compil
         pytest.skip("there are no CUDA sources in csrc/cuda")
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(SOURCES, pool.map(lambda s: compile_source(toolkit, s), SOURCES), strict=True))
-    request.config.pluginmanager.register(RegisterTable([u for c in results.values() for u in c.usages]))
+    table = register_table([u for c in results.values() for u in c.usages])
+    request.config.stash[SECTIONS].append(("registers a thread, by ptxas", table))
     return results
 
 
@@ -169,27 +171,17 @@ def short_names(names: list[str]) -> dict[str, str]:
     return dict(zip(names, map(without_parameters, cut), strict=True))
 
 
-class RegisterTable:
-    """Prints the registers of every kernel and architecture after the run."""
-
-    def __init__(self, usages: list[Usage]) -> None:
-        self.usages = usages
-
-    def lines(self) -> list[str]:
-        names = sorted({u.name for u in self.usages})
-        short = short_names(names)
-        by_place = {(u.name, u.arch): u for u in self.usages}
-        lines = ["".join(f"{f'sm_{a}':>8}" for a in ARCHS) + "   static shared, kernel"]
-        for name in names:
-            row = [by_place.get((name, a)) for a in ARCHS]
-            shared = max(u.shared for u in row if u)
-            lines.append("".join(f"{u.registers if u else '-':>8}" for u in row) + f"  {shared:6} B  {short[name]}")
-        return lines
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("registers a thread, by ptxas")
-        for line in self.lines():
-            terminalreporter.write_line(line)
+def register_table(usages: list[Usage]) -> list[str]:
+    """The registers of every kernel, a column an architecture."""
+    names = sorted({u.name for u in usages})
+    short = short_names(names)
+    by_place = {(u.name, u.arch): u for u in usages}
+    lines = ["".join(f"{f'sm_{a}':>8}" for a in ARCHS) + "   static shared, kernel"]
+    for name in names:
+        row = [by_place.get((name, a)) for a in ARCHS]
+        shared = max(u.shared for u in row if u)
+        lines.append("".join(f"{u.registers if u else '-':>8}" for u in row) + f"  {shared:6} B  {short[name]}")
+    return lines
 
 
 def name_of(source: Path | None) -> str:
@@ -262,7 +254,7 @@ def test_toy_kernels_pass_the_checks(toolkit: Path) -> None:
     assert {u.arch for u in result.usages} == {75, 90}
     assert spills(result.usages) == []
     check_vector_paths(result)
-    text = "\n".join(RegisterTable(result.usages).lines())
+    text = "\n".join(register_table(result.usages))
     assert "toy::center_kernel" in text
 
 

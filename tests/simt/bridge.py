@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -64,9 +65,21 @@ def _run(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{said.stderr[-6000:]}")
 
 
+@contextmanager
+def cache() -> Iterator[None]:
+    """Have build/simt alone: tests in other processes wait instead of compiling the same."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        yield
+
+
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Library:
     """Compile .cu and .cpp files with g++ and link them with the runtime; unchanged ones come from build/simt."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    with cache():
+        return Library(_built(name, sources, flags))
+
+
+def _built(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     every = [*FLAGS, *flags]
     common = [version, *every, *(p.read_bytes() for p in _headers())]
@@ -86,7 +99,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Libr
         part = library.with_suffix(f".{os.getpid()}.part")
         _run([compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", part, "-ldl"])
         part.replace(library)
-    return Library(library)
+    return library
 
 
 class Library:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge import CACHE, HERE, ROOT, Library, Session, build
+from .bridge import CACHE, HERE, ROOT, Library, Session, build, cache
 
 CUDA = ROOT / "csrc" / "cuda"
 HOST = (ROOT / "csrc" / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
@@ -127,9 +127,9 @@ def library(*, eager: bool = False, pooled: bool = False) -> Library:
                 value = "1" if name == "kLowestGridRows" else "0"
                 text, found = re.subn(rf"\b{name} = [\d.e]+", f"{name} = {value}", text)
                 assert found == 1, f"plan.cpp sets {name} {found} times"
-        CACHE.mkdir(parents=True, exist_ok=True)
         plan = CACHE / f"plan_{'pooled' if pooled else 'eager'}.cpp"
-        plan.write_text(text)
+        with cache():
+            plan.write_text(text)
         return build("bn_ext", [*sorted(CUDA.glob("*.cu")), plan, *HOST[1:]])
     return build("bn_ext", [*sorted(CUDA.glob("*.cu")), *HOST])
 
