@@ -42,7 +42,7 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 # From another folder, so that with TORCH the installed package is tested and not the sources. In processes side by side,
 # whose idle threads sleep instead of spinning on cores that others need.
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
-	cd tests && OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile .
+	cd tests && OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder .
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)

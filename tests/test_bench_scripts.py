@@ -26,6 +26,7 @@ MISSING = [
     ("bench/memory.py", "", "torch", "torch: pip install torch"),
     ("bench/pairing.py", "", "bn_ext", f"bn_ext: pip install {ROOT}"),
     ("bench/plot.py", "a b", "matplotlib", 'matplotlib: pip install "bn_ext[bench]", or pip install matplotlib'),
+    ("bench/tables.py", "", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
     ("bench/traffic.py", "run", "torch", "torch: pip install torch"),
     ("examples/train_fused.py", "", "numpy", 'numpy: pip install "bn_ext[bench]", or pip install numpy'),
     ("examples/train_mlp.py", "", "sklearn", 'scikit-learn: pip install "bn_ext[bench]", or pip install scikit-learn'),
