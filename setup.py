@@ -69,10 +69,11 @@ class BuildLibrary(Base):
             codes = self.choose_architectures(toolkit)
             planned = cpp_extension.CUDAExtension(
                 "bn_ext._C",
-                define_macros=[("WITH_CUDA", None), ("BN_EXT_CUDA_CODES", codes)],
-                # no flag here may contain the letters "arch": torch would then drop its own list
+                define_macros=[("WITH_CUDA", None)],
+                # for nvcc, no flag may contain the letters "arch", or torch would drop its own list, and a macro no
+                # comma, at which nvcc begins another macro
                 extra_compile_args={
-                    "cxx": flags + openmp,
+                    "cxx": [*flags, *openmp, f"-DBN_EXT_CUDA_CODES={codes}"],
                     "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "-Xcompiler", "-fvisibility-inlines-hidden"],
                 },
                 **common,

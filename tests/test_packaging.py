@@ -347,7 +347,12 @@ def test_cuda_sources_are_wired(tmp_path: Path) -> None:
     assert planned["home"] == [str(home)] * 2
     assert planned["env"] == plan.default_arch_list((13, 0))
     assert planned["cuda_codes"] == "sm_75,sm_80,sm_86,sm_90,sm_100,sm_120,compute_120"
-    assert ["BN_EXT_CUDA_CODES", planned["cuda_codes"]] in planned["define_macros"]
+    assert f"-DBN_EXT_CUDA_CODES={planned['cuda_codes']}" in planned["extra_compile_args"]["cxx"]
+    for_nvcc = [
+        *planned["extra_compile_args"]["nvcc"],
+        *(f"-D{name}={value}" for name, value in planned["define_macros"]),
+    ]
+    assert not [flag for flag in for_nvcc if "," in flag], "nvcc takes a comma for the end of a macro"
     assert planned["left"], "an nvcc flag makes torch drop its architecture list"
 
 
