@@ -151,7 +151,7 @@ def test_metadata_needs_no_torch(
         environ = {"PYTHONPATH": str(build_environment), "PYTHONNOUSERSITE": "1", "FORCE_CPU": "1"}
         done = run(python, "-c", METADATA.format(kind), out, cwd=tree, **environ)
         text = (out / done.stdout.split()[-1] / "METADATA").read_text()
-        assert re.search(r"^Version: (.+)$", text, re.M)[1].split("cu")[0] == version.split("cu")[0]  # type: ignore[index]
+        assert re.search(r"^Version: (.+)$", text, re.M)[1] == re.sub(r"cu\d+$", "cpu", version)  # type: ignore[index]
         assert [line for line in text.splitlines() if "torch" in line and line.startswith("Requires-Dist")] == [
             f"Requires-Dist: {torch_wanted}"
         ]

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <string>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/float_mode.h"
 #include "cpu/huge_pages.h"
 #include "glue_activated.h"
@@ -19,11 +23,19 @@ struct Level {
   const Kernels* kernels;
 };
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// Not every clang knows it by this name in __builtin_cpu_supports.
+bool supports_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // torch's own choice, which honours ATEN_CPU_CAPABILITY, so that both run at one level and tests can force it.
 Level choose_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const std::string capability = at::get_cpu_capability();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && kernels_avx512() && capability.rfind("AVX512", 0) == 0) return {"avx512", kernels_avx512()};
