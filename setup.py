@@ -31,8 +31,8 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
 
 
-CPP_SOURCES = sources("*.cpp", "cpu/*.cpp")
-CUDA_SOURCES = sources("cuda/*.cu", "cuda/*.cpp")
+CUDA_SOURCES = sources("cuda/*.cu", "cuda/launch.cpp", "torch/cuda_ops.cpp")
+CPP_SOURCES = [name for name in sources("*/*.cpp") if name not in CUDA_SOURCES]
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc", "**/*.inl")
 
 

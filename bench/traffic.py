@@ -21,7 +21,7 @@ from scripting import end, needed
 with needed():
     import torch
 
-    from bn_ext import model
+    from bn_ext import launches
     from grid import Point
 
 PASSES = ("forward", "backward", "inference")
@@ -41,14 +41,14 @@ def run() -> None:
     ops = torch.ops.bn_ext
     for point in POINTS:
         x = point.randn(torch.device("cuda"))
-        y, saved = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
-        ops.batch_norm_backward(y, x, None, saved, [True, True, True])
+        y, saved, _ = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
+        ops.batch_norm_backward(y, x, None, saved, True, [True, True, True, False])
         ops.batch_norm_inference(x, None, None, saved[0].clone(), saved[2].clone(), 1e-5)
         torch.cuda.synchronize()
         del x, y, saved
 
 
-def launches(lines: Iterable[str]) -> list[dict[str, float]]:
+def counted_launches(lines: Iterable[str]) -> list[dict[str, float]]:
     """From ncu's CSV, one dict of counter -> value for each launch, in their order; bytes and seconds."""
     rows = csv.DictReader(line for line in lines if line.startswith('"'))
     found: dict[str, dict[str, float]] = {}
@@ -58,14 +58,14 @@ def launches(lines: Iterable[str]) -> list[dict[str, float]]:
     return [found[key] for key in sorted(found, key=int)]
 
 
-def table(counted: list[dict[str, float]], on: model.Device) -> Iterator[str]:
+def table(counted: list[dict[str, float]], on: launches.Device) -> Iterator[str]:
     """A line for each point and pass: model and counters. Raises ValueError where the launches are not the model's."""
     yield f"{'':<36}{'reads MB, model':>16}{'counted':>9}{'writes MB, model':>18}{'counted':>9}{'us':>8}{'GB/s':>7}"
     rest = iter(counted)
     for point in POINTS:
         x = point.meta()
         for name in PASSES:
-            plan = model.plan_of(name, on, x)
+            plan = launches.plan_of(name, on, x)
             parts = [next(rest, None) for _ in range(plan["launches"])]
             if None in parts:
                 raise ValueError(f"fewer launches were counted than the model has, at {point} {name}")
@@ -86,12 +86,12 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2 or argv[0] != "read":
         print(__doc__, file=sys.stderr)
         return 2
-    counted = launches(Path(argv[1]).read_text(encoding="utf-8").splitlines())
+    counted = counted_launches(Path(argv[1]).read_text(encoding="utf-8").splitlines())
     if not counted:
         print("ncu counted nothing: it needs leave to read the counters of the GPU")
         return NOTHING_COUNTED
     try:
-        print(*table(counted, model.device("cuda:0")), sep="\n")
+        print(*table(counted, launches.device("cuda:0")), sep="\n")
     except ValueError as error:
         print(f"error: {error}")
         return 1

@@ -122,12 +122,12 @@ def fused_batch_norm_act(
     name = activation or "identity"
     try:
         if inplace:
-            ops.batch_norm_act_inference_(
-                input, residual, weight, bias, running_mean, running_var, eps, name, negative_slope
+            ops.batch_norm_inference_(
+                input, weight, bias, running_mean, running_var, eps, residual, name, negative_slope
             )
             return input
-        return ops.batch_norm_act(  # type: ignore[no-any-return]
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        return ops.batch_norm(  # type: ignore[no-any-return]
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, residual,
             name, negative_slope,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:

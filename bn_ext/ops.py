@@ -12,21 +12,17 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-batch_norm = torch.ops.bn_ext.batch_norm.default
-batch_norm_composite_backward = torch.ops.bn_ext.batch_norm_composite_backward.default
-batch_norm_composite_double_backward = torch.ops.bn_ext.batch_norm_composite_double_backward.default
-batch_norm_forward = torch.ops.bn_ext.batch_norm_forward.default
-batch_norm_inference = torch.ops.bn_ext.batch_norm_inference.default
-batch_norm_backward = torch.ops.bn_ext.batch_norm_backward.default
-batch_norm_inference_backward = torch.ops.bn_ext.batch_norm_inference_backward.default
-batch_norm_double_backward = torch.ops.bn_ext.batch_norm_double_backward.default
-batch_norm_inference_double_backward = torch.ops.bn_ext.batch_norm_inference_double_backward.default
-batch_norm_act = torch.ops.bn_ext.batch_norm_act.default
-batch_norm_act_composite_backward = torch.ops.bn_ext.batch_norm_act_composite_backward.default
-batch_norm_act_forward = torch.ops.bn_ext.batch_norm_act_forward.default
-batch_norm_act_inference = torch.ops.bn_ext.batch_norm_act_inference.default
-batch_norm_act_inference_ = torch.ops.bn_ext.batch_norm_act_inference_.default
-batch_norm_act_backward = torch.ops.bn_ext.batch_norm_act_backward.default
+_family = torch.ops.bn_ext
+batch_norm = _family.batch_norm.default
+batch_norm_forward = _family.batch_norm_forward.default
+batch_norm_inference = _family.batch_norm_inference.default
+batch_norm_inference_ = _family.batch_norm_inference_.default
+batch_norm_backward = _family.batch_norm_backward.default
+batch_norm_double_backward = _family.batch_norm_double_backward.default
+batch_norm_composite_backward = _family.batch_norm_composite_backward.default
+batch_norm_composite_double_backward = _family.batch_norm_composite_double_backward.default
+
+SAVED_ROWS = 6  # csrc/core/kernels.h's SavedRow
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -44,7 +40,7 @@ def _check_devices(input: Tensor, *others: Tensor | None) -> None:
 
 
 def _check(input: Tensor, training: bool, eps: float | None = None, **vectors: Tensor | None) -> None:
-    """Raise what the kernels' entry (csrc/glue.cpp) would, as far as shapes, types and devices tell.
+    """Raise what the kernels' entry (csrc/torch/calls.cpp) would, as far as shapes, types and devices tell.
 
     A graph that is being made is left to that entry, where it runs: the error then is the one that eager calls raise.
     """
@@ -91,6 +87,15 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
         raise RuntimeError(f"residual should have the size of input, {size}, but has {other}")
 
 
+def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
+    """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
+    of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
+    if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
+        return 0
+    elements = 16 // input.element_size() if input.device.type == "cuda" else 8
+    return (input.numel() + elements - 1) // elements + 16
+
+
 @torch.library.register_fake("bn_ext::batch_norm_forward")
 def _(
     input: Tensor,
@@ -101,10 +106,34 @@ def _(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check(input, True, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    training = mean is None and var is None
+    if training:
+        mean, var = running_mean, running_var
+    _check(input, training, eps, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    _check_residual(input, residual)
     _check_count(input, num_batches_tracked)
-    return torch.empty_like(input), input.new_empty((3, input.shape[1]), dtype=statistics_dtype(input))
+    saved = input.new_empty((SAVED_ROWS, input.shape[1]), dtype=statistics_dtype(input))
+    mask = input.new_empty((mask_size(input, residual, activation),), dtype=torch.uint8)
+    return torch.empty_like(input), saved, mask
+
+
+def _check_inference(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None,
+) -> None:
+    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(input, residual)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_inference")
@@ -115,24 +144,39 @@ def _(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_inference(input, weight, bias, running_mean, running_var, eps, residual)
     return torch.empty_like(input)
 
 
-def _fake_gradients(
-    input: Tensor, weight: Tensor | None, output_mask: Sequence[bool], bias_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = statistics_dtype(input)
-    parameter = statistics if weight is None else weight.dtype
+@torch.library.register_fake("bn_ext::batch_norm_inference_")
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+) -> None:
+    _check_inference(input, weight, bias, running_mean, running_var, eps, residual)
+
+
+def _like_parameter(input: Tensor, weight: Tensor | None, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient of a parameter; nothing where it is not wanted."""
+    if not wanted:
+        return input.new_empty((0,), dtype=statistics_dtype(input))
     shape = input.shape[1:2] if weight is None else weight.shape
-    none = input.new_empty((0,), dtype=statistics)
-    grad_input = torch.empty_like(input) if output_mask[0] else none
-    grad_weight, grad_bias = (
-        input.new_empty(shape, dtype=dtype) if wanted else torch.empty_like(none)
-        for dtype, wanted in zip((parameter, bias_dtype or parameter), output_mask[1:], strict=True)
-    )
-    return grad_input, grad_weight, grad_bias
+    return input.new_empty(shape, dtype=dtype or (statistics_dtype(input) if weight is None else weight.dtype))
+
+
+def _like_input(input: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(input) if wanted else input.new_empty((0,), dtype=statistics_dtype(input))
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward")
@@ -141,34 +185,22 @@ def _(
     input: Tensor,
     weight: Tensor | None,
     saved: Tensor,
+    training: bool,
     output_mask: Sequence[bool],
     bias_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_output, weight, saved)
-    return _fake_gradients(input, weight, output_mask, bias_dtype)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_inference_backward")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    output_mask: Sequence[bool],
-    bias_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_output, weight, running_mean, running_var)
-    return _fake_gradients(input, weight, output_mask, bias_dtype)
-
-
-def _fake_second_gradients(
-    input: Tensor, weight: Tensor | None, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = output_mask[1], output_mask[2], False
-    grad_input, grad_weight, none = _fake_gradients(input, weight, wanted)
-    return torch.empty_like(input) if output_mask[0] else none, grad_input, grad_weight
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_output, weight, saved, residual, mask)
+    of_input, of_weight, of_bias, of_residual = output_mask
+    return (
+        _like_input(input, of_input),
+        _like_parameter(input, weight, of_weight),
+        _like_parameter(input, weight, of_bias, bias_dtype),
+        _like_input(input, of_residual),
+    )
 
 
 @torch.library.register_fake("bn_ext::batch_norm_double_backward")
@@ -180,116 +212,13 @@ def _(
     input: Tensor,
     weight: Tensor | None,
     saved: Tensor,
+    training: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight, saved)
-    return _fake_second_gradients(input, weight, output_mask)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_inference_double_backward")
-def _(
-    grad_grad_input: Tensor | None,
-    grad_grad_weight: Tensor | None,
-    grad_grad_bias: Tensor | None,
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight)
-    _check_devices(input, running_mean, running_var)
-    return _fake_second_gradients(input, weight, output_mask)
-
-
-def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
-    """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
-    of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
-    if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
-        return 0
-    elements = 16 // input.element_size() if input.device.type == "cuda" else 8
-    return (input.numel() + elements - 1) // elements + 16
-
-
-def _fake_mask(input: Tensor, residual: Tensor | None, activation: str, wanted: bool) -> Tensor:
-    return input.new_empty((mask_size(input, residual, activation) if wanted else 0,), dtype=torch.uint8)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_act_forward")
-def _(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(input, True, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _check_residual(input, residual)
-    _check_count(input, num_batches_tracked)
-    saved = input.new_empty((6, input.shape[1]), dtype=statistics_dtype(input))
-    return torch.empty_like(input), saved, _fake_mask(input, residual, activation, save_mask)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_act_inference")
-def _(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _check_residual(input, residual)
-    saved = input.new_empty((6, input.shape[1]) if save else (0,), dtype=statistics_dtype(input))
-    return torch.empty_like(input), saved, _fake_mask(input, residual, activation, save)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_act_inference_")
-def _(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-) -> None:
-    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _check_residual(input, residual)
-
-
-@torch.library.register_fake("bn_ext::batch_norm_act_backward")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    residual: Tensor | None,
-    mask: Tensor,
-    weight: Tensor | None,
-    saved: Tensor,
-    training: bool,
-    activation: str,
-    negative_slope: float,
-    output_mask: Sequence[bool],
-    bias_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_output, residual, mask, weight, saved)
-    of_input, of_residual, *of_parameters = output_mask
-    grad_input, grad_weight, grad_bias = _fake_gradients(input, weight, (of_input, *of_parameters), bias_dtype)
-    grad_residual = torch.empty_like(input) if of_residual else input.new_empty((0,))
-    return grad_input, grad_residual, grad_weight, grad_bias
+    of_grad_output, of_input, of_weight = output_mask
+    return (
+        _like_input(input, of_grad_output),
+        _like_input(input, of_input),
+        _like_parameter(input, weight, of_weight),
+    )

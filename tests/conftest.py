@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from bn_ext import _C
 from processes import SECTIONS
 from support import DEVICES, no_cuda_reason
 
@@ -18,6 +21,11 @@ _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("repeatable", derandomize=True, max_examples=150, **_COMMON)
 settings.register_profile("explore", derandomize=False, max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Compiled graphs stay on disk, and torch does not see that the operators in them have changed with the library.
+_LIBRARY = Path(_C.__file__).stat()
+_GRAPHS = Path(tempfile.gettempdir()) / f"bn_ext_graphs_{_LIBRARY.st_mtime_ns}_{_LIBRARY.st_size}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_GRAPHS))
 
 Row = tuple[str, str, float, float, float]
 _TABLE = pytest.StashKey[list[Row]]()

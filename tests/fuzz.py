@@ -75,14 +75,19 @@ def in_double(given: Arguments, name: str, s: Setting) -> Arguments:
         for k, v in given.items()
     }
     if "saved" in given:
-        everything = sane("batch_norm_act_inference", s) | sane("batch_norm_act_composite_backward", s)
-        everything |= {k: everything[k].double() for k in VECTORS if isinstance(everything.get(k), Tensor)}
-        everything |= wide
-        saved, mask = hostile._saved(s, wide["input"], everything, "_act" in name)
+        saved, mask = saved_anew(name, s, wide)
         wide["saved"] = saved
         if "mask" in given:
             wide["mask"] = mask
     return wide
+
+
+def saved_anew(name: str, s: Setting, given: Arguments) -> tuple[Tensor, Tensor]:
+    """What forward keeps of the values that a backward is given; of what that does not take, of sane ones."""
+    forward = {k: v for k, v in sane("batch_norm", s).items() if k in (*PLANES, *VECTORS)}
+    if given["input"].dtype == torch.float64:
+        forward = {k: v.double() if isinstance(v, Tensor) else v for k, v in forward.items()}
+    return hostile.saved_of(s, forward | {k: v for k, v in given.items() if k in forward}, given)
 
 
 def close(name: str, found: Any, right: Any, s: Setting, spread: float) -> bool:
@@ -118,11 +123,7 @@ def raw_operator(rng: random.Random) -> str:
         if isinstance(given.get(key), Tensor):
             given[key] = laid(given[key], rng)
     if "saved" in given:  # that of the values which a layout has left
-        again = dict(sane("batch_norm_act_composite_backward", s)) | {
-            k: given.get(k) for k in ("input", "residual", "weight", "bias") if k in given
-        }
-        again |= {k: v for k, v in sane("batch_norm_act_inference", s).items() if k in VECTORS and k not in given}
-        given["saved"], mask = hostile._saved(s, given["input"], again, "_act" in name)
+        given["saved"], mask = saved_anew(name, s, given)
         if "mask" in given:
             given["mask"] = mask
     wrong: list[str] = []
@@ -162,7 +163,7 @@ def raw_operator(rng: random.Random) -> str:
         listed[1] = [copies[1]["input"]]
     if "composite" not in name:  # torch's own operations promise no such thing
         assert same_bits(bits(listed[0]), bits(listed[1])), (where, "other bits with three threads")
-    flips = s.activation in BY_SIGN and "act" in name and "backward" in name and dtype != torch.float64
+    flips = s.activation in BY_SIGN and "activation" in given and "backward" in name and dtype != torch.float64
     if not wrong and not flips and not name.endswith("inference_") and math.prod(s.shape):
         wide = in_double(given | {k: v for k, v in sane(name, s).items() if k in WRITTEN}, name, s)
         right = quietly(lambda: hostile.operator(name)(**wide))
@@ -170,7 +171,7 @@ def raw_operator(rng: random.Random) -> str:
         var = x.transpose(0, 1).flatten(1).var(1, unbiased=False)
         spread = max(1.0, float((var + hostile.EPS).rsqrt().max()))
         right = list(right) if isinstance(right, (tuple, list)) else [right]
-        outputs = slice(0, 1) if "act_forward" in name or "act_inference" in name else slice(None)
+        outputs = slice(0, 1) if name.endswith("forward") else slice(None)  # saved belongs to the dtype
         assert close(name, listed[0][outputs], right[outputs], s, spread), (where, listed[0], right)
         return f"{name}: right"
     return f"{name}: computed"

@@ -20,7 +20,8 @@ assert bn_ext.__version__  # importing it defines the operators
 EPS, SLOPE = 1e-5, 0.1
 SCHEMAS = {s.name.removeprefix("bn_ext::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("bn_ext::")}
 PLANES = ("input", "residual", "grad_output", "grad_grad_input")
-VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_grad_weight", "grad_grad_bias")
+FIXED = ("mean", "var")  # statistics that do not move
+VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_grad_weight", "grad_grad_bias", *FIXED)
 Arguments = dict[str, Any]
 
 
@@ -43,15 +44,12 @@ def operator(name: str) -> Callable[..., Any]:
     return found
 
 
-def _saved(s: Setting, x: Tensor, given: Arguments, activated: bool) -> tuple[Tensor, Tensor]:
-    """What forward keeps of x for a backward: (saved, mask)."""
-    ops, (weight, bias, mean, var) = torch.ops.bn_ext, (given[k] for k in VECTORS[:4])
-    if not activated:
-        return ops.batch_norm_forward(x, weight, bias, None, None, None, 0.1, EPS)[1], x.new_empty(0, dtype=torch.uint8)
-    of = (x, given["residual"], weight, bias)
-    if s.training:
-        return ops.batch_norm_act_forward(*of, None, None, None, 0.1, EPS, s.activation, SLOPE, True)[1:]  # type: ignore[no-any-return]
-    return ops.batch_norm_act_inference(*of, mean, var, EPS, s.activation, SLOPE, True)[1:]  # type: ignore[no-any-return]
+def saved_of(s: Setting, given: Arguments, wanted: Arguments) -> tuple[Tensor, Tensor]:
+    """What forward keeps for a backward that takes the ``wanted`` arguments: (saved, mask)."""
+    mean, var = (None, None) if s.training else (given["running_mean"], given["running_var"])
+    after = (given["residual"], s.activation, SLOPE) if "activation" in wanted else ()
+    vectors = (given["weight"], given["bias"], None, None, None, 0.1, EPS, mean, var)
+    return torch.ops.bn_ext.batch_norm_forward(given["input"], *vectors, *after)[1:]  # type: ignore[no-any-return]
 
 
 def sane(name: str, s: Setting) -> Arguments:
@@ -65,14 +63,15 @@ def sane(name: str, s: Setting) -> Arguments:
     if not s.residual:
         given["residual"] = None
     given |= {"num_batches_tracked": torch.tensor(3), "training": s.training, "momentum": 0.1, "eps": EPS}
-    given |= {"activation": s.activation, "negative_slope": SLOPE, "save": True, "save_mask": True, "bias_dtype": None}
+    given |= {"activation": s.activation, "negative_slope": SLOPE, "bias_dtype": None}
     wanted = {a.name: a for a in SCHEMAS[name].arguments}
     if "saved" in wanted:
-        given["saved"], given["mask"] = _saved(s, given["input"], given, "_act" in name)
+        given["saved"], given["mask"] = saved_of(s, given, wanted)
     if "output_mask" in wanted:
         given["output_mask"] = [True] * (wanted["output_mask"].N or 0)
-    if not s.training and not ("_act" in name or "inference" in name) and "composite" not in name:
-        given["training"] = "training" in wanted and s.training
+    if "mean" in wanted:
+        absent = FIXED if s.training else ("running_mean", "running_var", "num_batches_tracked")
+        given |= dict.fromkeys(absent)
     return {key: given[key] for key in wanted}
 
 
@@ -188,20 +187,19 @@ OTHER_VECTORS = ("one_dimension", "two_more_dimensions")  # the right number of 
 OTHER_COUNTS = ("no_elements", "scalar", "one_more", "one_less", "int64", "complex", *OTHER_VECTORS)
 
 
-def welcome(name: str, argument: str, how: str) -> bool:
+def welcome(name: str, s: Setting, argument: str, how: str) -> bool:
     """Whether name computes with what spoilt makes of argument; all the rest it has to refuse."""
     if how == "none" and "Optional" in str({a.name: a for a in SCHEMAS[name].arguments}[argument].type):
-        return not ((argument == "running_mean" and name in NEEDS_BOTH) or argument == "running_var")
+        if argument == "saved":
+            return s.training  # the composites ask for it where they cannot compute it
+        return argument not in ("running_mean", "running_var", *FIXED)
     if argument == "num_batches_tracked":
         return how in OTHER_COUNTS or (how == "meta" and not name.endswith("forward"))
     if argument == "mask":  # none; and it has one dimension
         return how in ("no_elements", "no_rows", "one_dimension")
-    if argument == "input" and "backward" not in name and "_act" not in name:
+    if argument == "input" and "backward" not in name and not s.residual:
         return how in ("no_rows", "one_more", "one_less")  # another batch
     return argument in VECTORS and how in OTHER_VECTORS
-
-
-NEEDS_BOTH = ("batch_norm", "batch_norm_forward", "batch_norm_act", "batch_norm_act_forward")
 
 
 def outcome(call: Callable[[], Any]) -> Any:

@@ -230,10 +230,13 @@ def second_reference(
 def _second_tolerances(
     ref: Reference, arriving: Sequence[Tensor | None], found: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per element, per channel for the weight. csrc/double_formulas.h's terms, each with the magnitudes that are summed
-    in it in the place of its sums, right to 8 times stat_eps (as in grad_input_tolerance) for each factor that is a
-    sum: one in grad_grad_output, two in the others. xhat counts as one more than it is: that is what an error of the
-    mean makes of it. Then the rounding to storage."""
+    """Per element, per channel for the weight.
+
+    double_formulas.h's terms, each with the magnitudes that are summed in it in the place of its sums, right to 8
+    times stat_eps (as in grad_input_tolerance) for each factor that is a sum: one in grad_grad_output, two in the
+    others. xhat counts as one more than it is: that is what an error of the mean makes of it. Then the rounding to
+    storage.
+    """
     assert ref.grad_output is not None
     like, dims = ref.output, reduce_dims(ref.output)
     zero = torch.zeros_like(like)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import bn_ext
-from bn_ext import model
+from bn_ext import launches
 from reference import assert_within
 from reference_activated import activated
 from support import LAYOUTS, Step, act_module_for, assert_step, expected_step, module_for, normal, step
@@ -93,11 +93,11 @@ def joined(plan: dict[str, Any]) -> bool:
     return bool(plan["vectors"] * plan["vector"] > plan["channels"])
 
 
-def regimes(case: Case, on: model.Device) -> Iterator[tuple[str, str]]:
+def regimes(case: Case, on: launches.Device) -> Iterator[tuple[str, str]]:
     """(pass, regime) of the four passes over a case on a device."""
     x, g = case.tensors("cpu")
-    for name in model.PASSES:
-        yield name, regime(model.plan_of(name, on, x, g))
+    for name in launches.PASSES:
+        yield name, regime(launches.plan_of(name, on, x, g))
 
 
 def on_cpu(found: Step) -> Step:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--largest", type=int, default=1 << 40, metavar="ELEMENTS", help="leave larger inputs out")
     args = parser.parse_args(argv)
-    on = model.device(args.device) if args.device.startswith("cuda") else model.PRESETS["H200"]
+    on = launches.device(args.device) if args.device.startswith("cuda") else launches.PRESETS["H200"]
     wrong, reached = 0, set()
     chosen = [case for case in CASES if torch.Size(case.shape).numel() <= args.largest]
     for case in chosen:

@@ -314,17 +314,23 @@ def error_of(call: Callable[[], object]) -> tuple[type[BaseException], str] | No
     return None
 
 
+# The place of residual among an operator's arguments; torch passes what is at its default at the end not on.
+RESIDUAL = {"bn_ext::batch_norm_forward": 10, "bn_ext::batch_norm_inference": 6, "bn_ext::batch_norm_inference_": 6}
+
+
 class OpLog(TorchDispatchMode):
     """Records the batch-norm operators that run while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.fused = 0  # passes with an activation or a residual
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.name()
         if "batch_norm" in name:
             self.calls.append((name, args))
+            self.fused += len(args) > RESIDUAL.get(name, len(args))
         return func(*args, **(kwargs or {}))
 
     @property

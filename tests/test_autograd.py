@@ -47,7 +47,7 @@ def test_only_what_needs_a_gradient_gets_one(
     # A frozen parameter must cost nothing: the operator is told what to leave out.
     backward = [args for name, args in log.calls if name.startswith("bn_ext::") and "backward" in name]
     masks = [next(a for a in args if isinstance(a, list)) for args in backward]
-    assert [tuple(mask) for mask in masks] == ([needs] if any(needs) else [])
+    assert [tuple(mask) for mask in masks] == ([(*needs, False)] if any(needs) else [])
 
 
 @pytest.mark.parametrize("training", [True, False])

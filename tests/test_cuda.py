@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bn_ext
 import regimes
-from bn_ext import model
+from bn_ext import launches
 from support import (
     LAYOUTS,
     Step,
@@ -38,7 +38,7 @@ from timing_cuda import launched
 pytestmark = pytest.mark.skipif(bool(no_cuda_reason()), reason=no_cuda_reason() or "there is a GPU")
 OPS = torch.ops.bn_ext
 GPU = torch.device("cuda:0")
-MASK = [True, True, True]
+MASK = [True, True, True, False]
 # Shapes that take one block, a cluster or several, the whole grid with and without a second barrier.
 SHAPES = [(32, 64), (999, 37), (65536, 64), (32768, 8), (64, 32, 16), (8192, 16, 16), (4, 4, 65536), (4, 70000)]
 # Cycles of the GPU: tens of milliseconds, and a multiple of what the host takes for a training step and an evaluation.
@@ -51,8 +51,8 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 
 def raw_step(x: Tensor, g: Tensor) -> list[Tensor]:
     """Training forward and backward by the operators alone: output, saved, the three gradients."""
-    y, saved = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
-    return [y, saved, *OPS.batch_norm_backward(g, x, None, saved, MASK)]
+    y, saved, _ = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
+    return [y, saved, *OPS.batch_norm_backward(g, x, None, saved, True, MASK)]
 
 
 def assert_bitwise(found: list[Tensor] | Step, expected: list[Tensor] | Step, what: str = "") -> None:
@@ -333,10 +333,10 @@ COUNTED = [
 
 @pytest.mark.parametrize(("shape", "layout", "dtype"), COUNTED, ids=str)
 def test_launches_are_the_plan_s(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """Two kernels at most, fills and copies included, as many as bn_ext.model says; native takes five and three."""
+    """Two kernels at most, fills and copies included, as many as bn_ext.launches says; native takes five and three."""
     x = LAYOUTS[layout](normal(shape, dtype, "cuda:0")).requires_grad_()
     module = module_for(bn_ext.FusedBatchNorm1d, shape[1], "cuda:0", momentum=None)
-    on = model.device("cuda:0")
+    on = launches.device("cuda:0")
     output = module(x)
     g = torch.randn_like(output)
     wanted = [x, module.weight, module.bias]
@@ -346,7 +346,7 @@ def test_launches_are_the_plan_s(shape: tuple[int, ...], layout: str, dtype: tor
     with torch.no_grad():
         inference = launched(lambda: module(x), GPU)
     for name, kernels in (("forward", forward), ("inference", inference), ("backward", backward)):
-        planned = model.plan_of(name, on, x, g)["launches"]
+        planned = launches.plan_of(name, on, x, g)["launches"]
         assert len(kernels) == planned <= 2, (name, kernels)
         assert all("bn_ext" in kernel for kernel in kernels), kernels
 
@@ -356,18 +356,18 @@ def test_memory_is_results_and_workspace(shape: tuple[int, ...], layout: str, dt
     """No tensor is copied on the way. Counted are the bytes asked for, which the allocator rounds up."""
     x = LAYOUTS[layout](normal(shape, dtype, "cuda:0"))
     g = LAYOUTS[layout](normal(shape, dtype, "cuda:0", seed=1))
-    on = model.device("cuda:0")
-    _, saved = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
+    on = launches.device("cuda:0")
+    _, saved, _ = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
     calls = {
         "forward": lambda: OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5),
-        "backward": lambda: OPS.batch_norm_backward(g, x, None, saved, MASK),
+        "backward": lambda: OPS.batch_norm_backward(g, x, None, saved, True, MASK),
     }
     for name, call in calls.items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         results = sum(t.nbytes for t in call())
         used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-        assert results <= used <= results + model.plan_of(name, on, x, g)["workspace_bytes"], name
+        assert results <= used <= results + launches.plan_of(name, on, x, g)["workspace_bytes"], name
 
 
 # ---- other devices, the compiler ----
@@ -378,7 +378,7 @@ def test_second_device_while_the_first_is_current() -> None:
     for case in regimes.CASES[:12]:
         regimes.check(case, "cuda:1")
         assert torch.cuda.current_device() == 0
-    assert model.device("cuda:1").sms > 0
+    assert launches.device("cuda:1").sms > 0
 
 
 def test_torch_compile_with_the_default_backend() -> None:

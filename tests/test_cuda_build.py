@@ -12,11 +12,10 @@ from bn_ext import _C, _guard
 
 RECORD = _guard.read_record()
 pytestmark = pytest.mark.skipif(not RECORD["cuda"], reason=f"a build without CUDA kernels: {RECORD['cuda_reason']}")
-FAMILY = ("forward", "inference", "backward", "inference_backward", "double_backward")
-ACTIVATED = ("act_forward", "act_inference", "act_backward")
+FAMILY = ("forward", "inference", "inference_", "backward", "double_backward")
 
 
-@pytest.mark.parametrize("name", [f"batch_norm_{part}" for part in FAMILY + ACTIVATED])
+@pytest.mark.parametrize("name", [f"batch_norm_{part}" for part in FAMILY])
 def test_every_operator_has_a_cuda_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bn_ext::{name}", "CUDA")
 
@@ -33,17 +32,18 @@ def network(fuse: bool) -> nn.Module:
     return bn_ext.convert(model, fuse=fuse)
 
 
-OPERATOR = {False: "bn_ext.batch_norm.default", True: "bn_ext.batch_norm_act.default"}
+def is_norm(node: torch.fx.Node) -> bool:
+    return "norm" in str(node.target)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_and_export_of_fake_cuda_tensors(fuse: bool, training: bool) -> None:
     """As a machine without a GPU makes a program for one that has it."""
-    calls: list[str] = []
+    calls: list[tuple[str, bool]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        calls.extend(str(node.target) for node in graph.graph.nodes if "norm" in str(node.target))
+        calls.extend((str(node.target), "relu" in node.args) for node in graph.graph.nodes if is_norm(node))
         return graph
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -53,5 +53,5 @@ def test_compile_and_export_of_fake_cuda_tensors(fuse: bool, training: bool) -> 
         assert (y.device.type, y.shape) == ("cuda", (8, 4))
         torch.compile(model, backend=backend, fullgraph=True)(x)
         program = torch.export.export(model, (x,))
-    targets = [str(node.target) for node in program.graph.nodes if "norm" in str(node.target)]
-    assert calls == targets == [OPERATOR[fuse]]
+    targets = [(str(node.target), "relu" in node.args) for node in program.graph.nodes if is_norm(node)]
+    assert calls == targets == [("bn_ext.batch_norm.default", fuse)]

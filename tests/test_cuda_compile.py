@@ -24,7 +24,7 @@ CACHE = ROOT / "build" / "cuda"
 FAMILIES = {75: (75,), 80: (80, 86, 89), 90: (90,), 100: (100, 120)}
 ARCHS = tuple(arch for family in FAMILIES.values() for arch in family)
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-GLUE = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+GLUE = [ROOT / "csrc" / "cuda" / "launch.cpp", ROOT / "csrc" / "torch" / "cuda_ops.cpp"]
 TOY = ROOT / "tests" / "simt" / "toy.cu"
 # Kernels that may spill or use a stack, as (part of the name, why). None needs to.
 EXCEPTIONS: tuple[tuple[str, str], ...] = ()

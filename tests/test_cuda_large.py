@@ -15,7 +15,7 @@ from support import check_module, module_for, no_cuda_reason, normal
 pytestmark = pytest.mark.skipif(bool(no_cuda_reason()), reason=no_cuda_reason() or "there is a GPU")
 OPS = torch.ops.bn_ext
 GPU = torch.device("cuda:0")
-MASK = [True, True, True]
+MASK = [True, True, True, False]
 PART = 1 << 25  # elements that are looked at at a time, in float64
 
 
@@ -47,8 +47,8 @@ def check_in_parts(x: Tensor, g: Tensor, eps: float = 1e-5) -> None:
     of the magnitudes that are summed, and one unit of storage.
     """
     count = x.numel() // x.shape[1]
-    y, saved = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, eps)
-    dx, dweight, dbias = OPS.batch_norm_backward(g, x, None, saved, MASK)
+    y, saved, _ = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, eps)
+    dx, dweight, dbias, _ = OPS.batch_norm_backward(g, x, None, saved, True, MASK)
     mean = sum(channel_sum(part) for (part,) in parts(x)) / count
     var = sum(channel_sum((part - per_channel(mean, x)).square()) for (part,) in parts(x)) / count
     invstd = (var + eps).rsqrt()
@@ -123,15 +123,15 @@ def test_strides_that_reach_further_than_32_bits(shape: tuple[int, ...], strides
     x.copy_(normal(shape, torch.bfloat16, "cuda:0", mean=2.0))
     g = normal(shape, torch.bfloat16, "cuda:0", seed=1)
     right = reference(x, None, None, g, training=True, momentum=0.1, eps=1e-5)
-    y, saved = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
+    y, saved, _ = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
     assert_within(y, right.output, output_tolerance(right, x.dtype), "output")
     # As the gradient of the output too.
-    dx, _, _ = OPS.batch_norm_backward(g, x, None, saved, MASK)
+    dx, *_ = OPS.batch_norm_backward(g, x, None, saved, True, MASK)
     assert right.grad_input is not None
     assert_within(dx, right.grad_input, grad_input_tolerance(right, x.dtype), "grad input")
     backwards = reference(g, None, None, x, training=True, momentum=0.1, eps=1e-5)
-    _, saved = OPS.batch_norm_forward(g, None, None, None, None, None, 0.1, 1e-5)
-    dx, _, _ = OPS.batch_norm_backward(x, g, None, saved, MASK)
+    _, saved, _ = OPS.batch_norm_forward(g, None, None, None, None, None, 0.1, 1e-5)
+    dx, *_ = OPS.batch_norm_backward(x, g, None, saved, True, MASK)
     assert backwards.grad_input is not None
     assert_within(dx, backwards.grad_input, grad_input_tolerance(backwards, x.dtype), "grad input")
 

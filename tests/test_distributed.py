@@ -185,8 +185,7 @@ def fused(device: str) -> Any:
                 bn_ext.convert(model, fuse=True)
             with OpLog() as log:
                 state = train(wrapped, device)
-            passes = sum("batch_norm_act_forward" in op for op in log.names)
-            found[f"{name} {form}"] = (state, passes, [type(m).__name__ for m in model.modules()])
+            found[f"{name} {form}"] = (state, log.fused, [type(m).__name__ for m in model.modules()])
     return found
 
 

@@ -172,7 +172,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=name_of)
 def test_files_that_are_named_exist(page: Path) -> None:
-    """`csrc/plan.h` in a sentence is a link too, for those who read the page beside the sources."""
+    """`csrc/cuda/plan.h` in a sentence is a link too, for those who read the page beside the sources."""
     folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
     spans = re.findall(rf"`((?:{folders})/[\w./*-]*)`", page.read_text())
     ours = [span for span in spans if not span.startswith(("build/", "out/"))]

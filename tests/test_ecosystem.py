@@ -145,7 +145,7 @@ def test_quantisation_by_fx_leaves_batch_norm_in_float() -> None:
     assert type(converted.get_submodule("1")) is FUSED
     with OpLog() as log:
         quantised_close(converted(x), model(x))
-    assert set(log.names) == {"bn_ext::batch_norm_inference"}
+    assert set(log.names) == {"bn_ext::batch_norm_forward"}
 
 
 @needs_quantised_kernels

@@ -133,8 +133,8 @@ def test_in_place_is_refused_where_the_input_is_needed(device: str) -> None:
         (lambda: call(x), "for evaluation"),
         (lambda: norm.eval() and call(x), "autograd would need"),
         (lambda: norm.requires_grad_(False) and call(x, residual), "autograd would need"),
-        (lambda: ops.batch_norm_act_inference_(
-            x, residual, None, None, norm.running_mean, norm.running_var, 1e-5, "relu", 0.0
+        (lambda: ops.batch_norm_inference_(
+            x, None, None, norm.running_mean, norm.running_var, 1e-5, residual, "relu"
         ), "autograd would need"),
     ):  # fmt: skip
         error = error_of(attempt)
@@ -197,42 +197,15 @@ def test_a_residual_that_cannot_be_added_changes_nothing(device: str) -> None:
     assert int(norm.num_batches_tracked) == 0 and torch.equal(norm.running_var, torch.ones(4, device=device))
 
 
-def samples(dtype: torch.dtype, device: str, activation: str, layout: str) -> dict[str, tuple[tuple[Any, ...], ...]]:
-    """operator name -> argument tuples."""
-    x, r, g = (LAYOUTS[layout](normal((3, 4, 5), dtype, device, seed=k)) for k in range(3))
-    wide = F64 if dtype == F64 else F32
-    w, b, mean, var = (normal((4,), wide, device, seed=k).abs() + 0.5 for k in range(4, 8))
-    saved = normal((6, 4), wide, device, seed=8).abs() + 0.5
-    count = torch.tensor(3, device=device)
-    _, _, mask = ops.batch_norm_act_forward(x, r, w, b, None, None, None, 0.1, 1e-5, activation, SLOPE, True)
-    none = mask[:0]
-    return {
-        "batch_norm_act_forward": (
-            (x, r, w, b, mean, var, count, 0.1, 1e-5, activation, SLOPE, True),
-            (x, None, w, None, None, None, None, None, 1e-5, activation, SLOPE, False),
-        ),
-        "batch_norm_act_inference": (
-            (x, r, w, b, mean, var, 1e-5, activation, SLOPE, True),
-            (x, None, None, b, mean, var, 1e-5, activation, SLOPE, False),
-        ),
-        "batch_norm_act_inference_": ((x.clone(), r, w, b, mean, var, 1e-5, activation, SLOPE),),
-        "batch_norm_act_backward": (
-            (g, x, r, mask, w, saved, True, activation, SLOPE, [True, True, True, True]),
-            (g, x, None, none, None, saved, True, activation, SLOPE, [True, False, True, False]),
-            (g, x, r, none, w, saved, False, activation, SLOPE, [False, True, False, True]),
-        ),
-    }
-
-
-OPERATORS = tuple(f"batch_norm_act_{name}" for name in ("forward", "inference", "inference_", "backward"))
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
-def test_opcheck(device: str, activation: str, operator: str) -> None:
+def test_opcheck_in_place(device: str, activation: str) -> None:
+    """The other operators are in test_ops.py."""
     for dtype, layout in ((F32, "contiguous"), (torch.bfloat16, "permuted")):
-        for arguments in samples(dtype, device, activation, layout)[operator]:
-            torch.library.opcheck(getattr(ops, operator).default, arguments)
+        x, r = (LAYOUTS[layout](normal((3, 4, 5), dtype, device, seed=k)) for k in range(2))
+        w, b, mean, var = (normal((4,), F32, device, seed=k).abs() + 0.5 for k in range(4, 8))
+        for residual in (r, None):
+            arguments = (x.clone(), w, b, mean, var, 1e-5, residual, activation, SLOPE)
+            torch.library.opcheck(ops.batch_norm_inference_.default, arguments)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -262,7 +235,7 @@ def test_autocast_leaves_types_as_batch_norm_does(device: str, dtype: torch.dtyp
     x = normal((6, 4), dtype, device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16), OpLog() as log:
         y = module(x, x)
-    assert y.dtype == dtype and log.names[0] == "bn_ext::batch_norm_act_forward"
+    assert y.dtype == dtype and log.names[0] == "bn_ext::batch_norm_forward" and log.fused == 1
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore::DeprecationWarning")

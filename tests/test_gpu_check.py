@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import regimes
-from bn_ext import model
+from bn_ext import launches
 from processes import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -163,7 +163,7 @@ def test_one_real_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["H200", "A100"])
 def test_the_cases_reach_every_way_to_exchange_and_to_walk(name: str) -> None:
-    on = model.PRESETS[name]
+    on = launches.PRESETS[name]
     reached = {pair for case in regimes.CASES for pair in regimes.regimes(case, on)}
     exchanges = {"none", "grid", "grid pooled"} | ({"cluster"} if on.capability >= 90 else set())
     for pass_ in ("forward", "backward"):
@@ -188,13 +188,13 @@ def test_the_cases_are_right_and_a_wrong_one_is_noticed(
 # ---- what ncu counted ----
 
 
-def counted_csv(on: model.Device) -> list[str]:
+def counted_csv(on: launches.Device) -> list[str]:
     """ncu's file for the launches of the model, each of which moved half of what the model says in a microsecond."""
     header = ["ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value"]
     lines, number = ["==PROF== Connected", ",".join(f'"{name}"' for name in header)], 0
     for point in traffic.POINTS:
         for name in traffic.PASSES:
-            plan = model.plan_of(name, on, point.meta())
+            plan = launches.plan_of(name, on, point.meta())
             for _ in range(plan["launches"]):
                 for metric, unit, value in (
                     (traffic.READ, "byte", plan["read_bytes"] / 2 / plan["launches"]),
@@ -207,16 +207,16 @@ def counted_csv(on: model.Device) -> list[str]:
 
 
 def test_counted_bytes_are_set_beside_the_model_s() -> None:
-    on = model.PRESETS["H200"]
+    on = launches.PRESETS["H200"]
     lines = counted_csv(on)
-    found = list(traffic.table(traffic.launches(lines), on))
+    found = list(traffic.table(traffic.counted_launches(lines), on))
     assert len(found) == 1 + len(traffic.POINTS) * len(traffic.PASSES)
     inference = next(line for line in found if line.startswith("1024x1024 float32") and "inference" in line).split()
     assert inference[-6:] == ["4.19", "2.10", "4.19", "2.10", "1.0", "8389"]
     another = [line.replace(line.split(",")[0], '"9999"', 1) for line in lines[-3:]]
     for wrong, said in ((lines[:-3], "fewer launches"), ([*lines, *another], "more launches")):
         with pytest.raises(ValueError, match=said):
-            list(traffic.table(traffic.launches(wrong), on))
+            list(traffic.table(traffic.counted_launches(wrong), on))
 
 
 def test_no_leave_to_count_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,7 +207,7 @@ def test_a_source_folder_hands_over_to_the_installed_package(tmp_path: Path) -> 
     assert "source folder without the compiled library" in alone.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", [["bn_ext"], ["bn_ext.model", "--shape", "64", "64"]])
+@pytest.mark.parametrize("module", [["bn_ext"], ["bn_ext.launches", "--shape", "64", "64"]])
 def test_a_closed_pipe_ends_quietly(module: list[str], tmp_path: Path) -> None:
     line = " ".join([sys.executable, "-u", "-m", *module])
     done = run("bash", "-o", "pipefail", "-c", f"{line} | true", cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))

@@ -34,47 +34,51 @@ def samples(shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str
         return normal((channels,), params, device, seed=seed).abs() + 0.5
 
     counter = torch.tensor(3, device=device)
-    saved = torch.stack([vector(5), vector(6) * 0, vector(7)])
+    saved = torch.stack([vector(5), vector(6) * 0, vector(7), vector(5), vector(8), vector(9)])
+    every, r = [True, True, True, True], LAYOUTS[layout](normal(shape, dtype, device, seed=2))
+    mask = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5, None, None, r, "relu")[2]
     return {
         "batch_norm_forward": (
             (x, vector(1), vector(2), vector(3), vector(4), counter, 0.1, 1e-5),
             (x, vector(1), vector(2), vector(3), vector(4), counter.clone(), None, 1e-5),
             (x, vector(1), None, vector(3), vector(4), None, 0.3, 1e-3),
             (x, None, None, None, None, None, 0.1, 1e-5),
+            (x, vector(1), vector(2), None, None, None, None, 1e-5, vector(3), vector(4)),
+            (x, vector(1), vector(2), vector(3), vector(4), counter.clone(), 0.1, 1e-5, None, None, r, "relu"),
+            (x, None, None, None, None, None, None, 1e-5, vector(3), vector(4), r, "gelu"),
+            (x, None, None, None, None, None, 0.1, 1e-5, None, None, None, "leaky_relu", 0.2),
         ),
         "batch_norm_inference": (
             (x, vector(1), vector(2), vector(3), vector(4), 1e-5),
             (x, None, None, vector(3), vector(4), 0.0),
+            (x, None, None, vector(3), vector(4), 0.0, r, "silu"),
         ),
         "batch_norm_backward": (
-            (g, x, vector(1), saved, [True, True, True]),
-            (g, x, None, saved, [True, False, False]),
-            (g, x, vector(1), saved, [False, True, False]),
-            (g, x, vector(1), saved, [False, False, True]),
-        ),
-        "batch_norm_inference_backward": (
-            (g, x, vector(1), vector(3), vector(4), 1e-5, [True, True, True]),
-            (g, x, None, vector(3), vector(4), 1e-5, [True, False, False]),
-            (g, x, vector(1), vector(3), vector(4), 1e-5, [False, False, True]),
+            (g, x, vector(1), saved, True, [True, True, True, False]),
+            (g, x, None, saved, True, [True, False, False, False]),
+            (g, x, vector(1), saved, True, [False, True, False, False]),
+            (g, x, vector(1), saved, True, [False, False, True, False]),
+            (g, x, vector(1), saved, False, [True, True, True, False]),
+            (g, x, None, saved, False, [True, False, False, False]),
+            (g, x, vector(1), saved, False, [False, False, True, False]),
+            (g, x, vector(1), saved, True, every, None, r, mask, "relu"),
+            (g, x, None, saved, False, every, None, r, None, "gelu"),
+            (g, x, vector(1), saved, True, every, None, None, None, "identity"),
+            (g, x, vector(1), saved, True, [False, False, False, True], None, r, None, "silu"),
         ),
         "batch_norm_double_backward": (
-            (x, vector(2), vector(3), g, x, vector(1), saved, [True, True, True]),
-            (g, None, None, g, x, None, saved, [True, True, False]),
-            (None, vector(2), None, g, x, vector(1), saved, [False, True, True]),
-            (g, None, vector(3), g, x, vector(1), saved, [True, False, False]),
-        ),
-        "batch_norm_inference_double_backward": (
-            (x, vector(2), vector(3), g, x, vector(1), vector(3), vector(4), 1e-5, [True, True, True]),
-            (g, None, None, g, x, None, vector(3), vector(4), 1e-5, [True, True, False]),
-            (None, vector(2), None, g, x, vector(1), vector(3), vector(4), 1e-5, [False, True, True]),
+            (x, vector(2), vector(3), g, x, vector(1), saved, True, [True, True, True]),
+            (g, None, None, g, x, None, saved, True, [True, True, False]),
+            (None, vector(2), None, g, x, vector(1), saved, True, [False, True, True]),
+            (g, None, vector(3), g, x, vector(1), saved, True, [True, False, False]),
+            (x, vector(2), vector(3), g, x, vector(1), saved, False, [True, True, True]),
+            (g, None, None, g, x, None, saved, False, [True, True, False]),
+            (None, vector(2), None, g, x, vector(1), saved, False, [False, True, True]),
         ),
     }
 
 
-OPERATORS = (
-    *("batch_norm_forward", "batch_norm_inference", "batch_norm_backward", "batch_norm_inference_backward"),
-    *("batch_norm_double_backward", "batch_norm_inference_double_backward"),
-)
+OPERATORS = ("batch_norm_forward", "batch_norm_inference", "batch_norm_backward", "batch_norm_double_backward")
 
 
 def clone_arguments(arguments: tuple) -> tuple:
@@ -131,11 +135,12 @@ def test_schemas_declare_what_is_written() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_operator(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = normal(shape, dtype, device, mean=2.0)
-    out, saved = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
+    out, saved, mask = ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
     ref = reference(x)
-    assert saved.shape == (3, 4) and saved.dtype == acc(dtype) and not saved.requires_grad
+    assert saved.shape == (6, 4) and saved.dtype == acc(dtype) and not saved.requires_grad
+    assert mask.dtype == torch.uint8 and not mask.numel(), "nothing follows"
     assert_within(out, ref.output, output_tolerance(ref, dtype), "output")
-    high, low, invstd = saved.double()
+    high, low, invstd = saved[:3].double()
     eps = torch.finfo(acc(dtype)).eps
     assert_within(high + low, ref.mean + ref.mean_lo, eps * ref.var.sqrt() + 1e-15 * ref.mean.abs(), "mean")
     assert bool((low.abs() <= eps * high.abs()).all()), "mean_lo is what mean_hi could not hold"
@@ -160,16 +165,15 @@ def test_forward_operator_without_counter_and_momentum_keeps_statistics(device: 
     assert torch.equal(mean, kept[0]) and torch.equal(var, kept[1])
 
 
-@pytest.mark.parametrize("mask", [list(mask) for mask in itertools.product((True, False), repeat=3)], ids=str)
+@pytest.mark.parametrize("mask", [list(mask) for mask in itertools.product((True, False), repeat=4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_backward_masks(device: str, dtype: torch.dtype, mask: list[bool]) -> None:
     """What is asked for is the same bits whatever else is asked for; what is not comes back empty."""
     for shape in SHAPES:
         cases = samples(shape, dtype, device)
-        for operator in ("batch_norm_backward", "batch_norm_inference_backward"):
-            arguments = cases[operator][0][:-1]
-            every = getattr(ops, operator)(*arguments, [True, True, True])
-            some = getattr(ops, operator)(*arguments, mask)
+        for given in cases["batch_norm_backward"]:
+            every = ops.batch_norm_backward(*given[:5], [True] * 4, *given[6:])
+            some = ops.batch_norm_backward(*given[:5], mask, *given[6:])
             for part, full, wanted in zip(some, every, mask, strict=True):
                 assert torch.equal(part, full) and part.dtype == full.dtype if wanted else part.shape == (0,)
 
@@ -177,9 +181,10 @@ def test_backward_masks(device: str, dtype: torch.dtype, mask: list[bool]) -> No
 def test_backward_operator(device: str) -> None:
     x, g = normal((3, 4, 5), device=device, mean=1.0), normal((3, 4, 5), device=device, seed=1)
     weight = normal((4,), device=device, seed=2)
-    _, saved = ops.batch_norm_forward(x, weight, None, None, None, None, 0.1, 1e-5)
+    _, saved, _ = ops.batch_norm_forward(x, weight, None, None, None, None, 0.1, 1e-5)
     ref = reference(x, weight, None, g)
-    grad_input, grad_weight, grad_bias = ops.batch_norm_backward(g, x, weight, saved, [True, True, True])
+    grad_input, grad_weight, grad_bias, grad_residual = ops.batch_norm_backward(g, x, weight, saved, True, [True] * 4)
+    assert torch.equal(grad_residual, g), "of a residual behind which nothing follows"
     assert ref.grad_input is not None
     assert_within(grad_input, ref.grad_input, grad_input_tolerance(ref, torch.float32), "grad input")
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
@@ -188,7 +193,7 @@ def test_backward_operator(device: str) -> None:
 def test_operators_refuse_shapes_that_do_not_fit(device: str) -> None:
     """The kernels trust their arguments, so the operators must not let a wrong size reach them."""
     x, v, w = normal((6, 4), device=device), torch.ones(4, device=device), torch.ones(5, device=device)
-    saved = torch.ones(3, 4, device=device)
+    saved, every = torch.ones(6, 4, device=device), [True] * 4
     calls = {
         "weight": lambda: ops.batch_norm_forward(x, w, None, None, None, None, 0.1, 1e-5),
         "bias": lambda: ops.batch_norm_forward(x, None, w, None, None, None, 0.1, 1e-5),
@@ -198,11 +203,14 @@ def test_operators_refuse_shapes_that_do_not_fit(device: str) -> None:
         "rank": lambda: ops.batch_norm_forward(x[0], None, None, None, None, None, 0.1, 1e-5),
         "inference mean": lambda: ops.batch_norm_inference(x, None, None, w, v, 1e-5),
         "inference var": lambda: ops.batch_norm_inference(x, None, None, v, w, 1e-5),
-        "grad shape": lambda: ops.batch_norm_backward(x[:5], x, v, saved, [True, True, True]),
-        "saved": lambda: ops.batch_norm_backward(x, x, v, torch.ones(3, 5, device=device), [True, True, True]),
-        "saved rows": lambda: ops.batch_norm_backward(x, x, v, torch.ones(2, 4, device=device), [True, True, True]),
-        "backward weight": lambda: ops.batch_norm_backward(x, x, w, saved, [True, True, True]),
-        "inference grad": lambda: ops.batch_norm_inference_backward(x[:5], x, v, v, v, 1e-5, [True, True, True]),
+        "grad shape": lambda: ops.batch_norm_backward(x[:5], x, v, saved, True, every),
+        "saved": lambda: ops.batch_norm_backward(x, x, v, torch.ones(6, 5, device=device), True, every),
+        "saved rows": lambda: ops.batch_norm_backward(x, x, v, torch.ones(3, 4, device=device), True, every),
+        "backward weight": lambda: ops.batch_norm_backward(x, x, w, saved, True, every),
+        "evaluation's grad": lambda: ops.batch_norm_backward(x[:5], x, v, saved, False, every),
+        "two kinds of statistics": lambda: ops.batch_norm_forward(x, None, None, v, v, None, 0.1, 1e-5, v, v),
+        "one fixed statistic": lambda: ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5, v),
+        "fixed mean": lambda: ops.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5, w, v),
     }
     kept = v.clone()
     for name, call in calls.items():

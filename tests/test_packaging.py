@@ -39,7 +39,7 @@ TORCH_LIBRARY(bn_ext, m) { m.def("rank(Tensor x) -> int", &rank); }
 """
 
 
-TORCH_FREE = ("architectures", "bindings", "plan")
+WITHOUT_TORCH = ("cuda/architectures", "cuda/plan", "torch/bindings")  # what these are made of needs no torch
 
 
 def tiny_tree(folder: Path) -> Path:
@@ -49,11 +49,13 @@ def tiny_tree(folder: Path) -> Path:
     shutil.copytree(ROOT / "buildtools", folder / "buildtools", ignore=shutil.ignore_patterns("__pycache__"))
     # as after a build in place, whose leavings must stay out of what is packed
     shutil.copytree(PACKAGE, folder / "bn_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "csrc").mkdir()
-    for path in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / f"{name}.cpp" for name in TORCH_FREE)):
-        shutil.copy(path, folder / "csrc")
-    (folder / "csrc" / "ops.cpp").write_text(TINY_OPS)
-    (folder / "csrc" / "part.h").write_text("#pragma once\n")
+    sources = ROOT / "csrc"
+    for path in (*sources.rglob("*.h"), *(sources / f"{name}.cpp" for name in WITHOUT_TORCH)):
+        to = folder / "csrc" / path.relative_to(sources)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    (folder / "csrc" / "torch" / "ops.cpp").write_text(TINY_OPS)
+    (folder / "csrc" / "core" / "part.h").write_text("#pragma once\n")
     return folder
 
 
@@ -327,9 +329,9 @@ print(json.dumps({**record, **{name: getattr(extension, name) for name in wanted
 
 def test_cuda_sources_are_wired(tmp_path: Path) -> None:
     tree = tiny_tree(tmp_path)
-    (tree / "csrc" / "cuda").mkdir()
-    for name in ("kernels.cu", "glue.cpp"):
-        (tree / "csrc" / "cuda" / name).touch()
+    only_cuda = {"csrc/cuda/kernels.cu", "csrc/cuda/launch.cpp", "csrc/torch/cuda_ops.cpp"}
+    for name in only_cuda:
+        (tree / name).touch()
     # The PATH's nvcc is a wrapper in a folder without headers, and CUDA_HOME points nowhere.
     home, wrapper = made_toolkit(tree), tree / "bin" / "nvcc"
     wrapper.parent.mkdir()
@@ -340,8 +342,7 @@ def test_cuda_sources_are_wired(tmp_path: Path) -> None:
     assert f"CUDA_HOME=/nowhere: /nowhere is not there; the toolkit in {home} is used" in done.stdout
     planned: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     assert planned["cuda"] is True
-    sources = {f"csrc/{name}.cpp" for name in (*TORCH_FREE, "ops")} | {"csrc/cuda/kernels.cu", "csrc/cuda/glue.cpp"}
-    assert sources == set(planned["sources"])
+    assert {f"csrc/{name}.cpp" for name in (*WITHOUT_TORCH, "torch/ops")} | only_cuda == set(planned["sources"])
     assert ["WITH_CUDA", None] in planned["define_macros"]
     assert "c10_cuda" in planned["libraries"]
     assert planned["home"] == [str(home)] * 2
@@ -406,7 +407,13 @@ def test_wheel_from_source_distribution(tmp_path: Path) -> None:
     archive = tmp_path / f"bn_ext-{version}.tar.gz"
     with tarfile.open(archive) as packed:
         names = {name.split("/", 1)[-1] for name in packed.getnames()}
-        assert {"csrc/ops.cpp", "csrc/part.h", "buildtools/backend.py", "buildtools/plan.py", "LICENSE"} <= names
+        assert {
+            "csrc/torch/ops.cpp",
+            "csrc/core/part.h",
+            "buildtools/backend.py",
+            "buildtools/plan.py",
+            "LICENSE",
+        } <= names
         assert not [name for name in names if name.endswith((".so", "_build.json", ".pyc"))]
         packed.extractall(tmp_path / "unpacked")
         (metadata,) = (packed.extractfile(name) for name in packed.getnames() if name.endswith(f"{version}/PKG-INFO"))

@@ -19,14 +19,7 @@ import bench_all
 import environment
 
 FILES = sorted((ROOT / "bench" / "results").glob("c*.jsonl"))
-KERNELS = (
-    "csrc/cpu",
-    "csrc/formulas.h",
-    "csrc/double_formulas.h",
-    "csrc/welford.h",
-    "csrc/layout.h",
-    "csrc/activation*.h",
-)
+KERNELS = ("csrc/core", "csrc/cpu")
 
 
 def git(*command: str) -> str:

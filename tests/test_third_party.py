@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what other packages and tor
 FUSED, NATIVE = bn_ext.FusedBatchNorm1d, nn.BatchNorm1d
 F64 = torch.float64
 OURS = ("bn_ext::batch_norm_forward", "bn_ext::batch_norm_inference")
-OURS_ACTIVATED = ("bn_ext::batch_norm_act_forward", "bn_ext::batch_norm_act_inference")
 # float64 through some tens of layers; a wrong formula is off by far more, and so is a drawn number too many.
 TOLERANCE = 1e-8
 # Gradients that are zero but for rounding, as that of a bias before a batch norm, are held to this scale.
@@ -152,8 +151,7 @@ def kernels(call: Callable[[], object]) -> tuple[int, int]:
     """How many batch norms our kernels computed in call, and how many of them with an activation."""
     with OpLog() as log:
         call()
-    activated = sum(name in OURS_ACTIVATED for name in log.names)
-    return activated + sum(name in OURS for name in log.names), activated
+    return sum(name in OURS for name in log.names), log.fused
 
 
 def native_result(call: Callable[[], Any]) -> Any:

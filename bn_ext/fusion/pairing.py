@@ -153,8 +153,8 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
     if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
         return None  # autograd cannot keep it
     try:
-        return ops.batch_norm_act(  # type: ignore[no-any-return]
-            input, residual, weight, bias, mean, var, batches, training, momentum, eps, *activation
+        return ops.batch_norm(  # type: ignore[no-any-return]
+            input, weight, bias, mean, var, batches, training, momentum, eps, residual, *activation
         )
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)

@@ -4,7 +4,7 @@ template <class S, class V>
 struct Words {
   using type = typename VecOf<std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>, sizeof(V) / sizeof(S)>::type;
 };
-#include "activation_math.h"
+#include "core/activation_math.h"
 
 // One bit for each element of a pack, in memory's order, from comparisons of its vectors.
 template <class T, class M>
@@ -147,8 +147,9 @@ inline void activate_piece(const Piece<T>& p, const T* x, const T* residual, T* 
 template <class T>
 class Activated {
  public:
-  Activated(const Geometry& g, const Epilogue& e, int operand)
-      : e_(e), residual_(g, operand, e.residual.data), has_residual_(e.residual) {}
+  // A residual is the third operand.
+  Activated(const Geometry& g, const Epilogue& e)
+      : e_(e), residual_(g, e.residual ? 2 : 0, e.residual.data), has_residual_(e.residual) {}
 
   bool direct() const { return (!has_residual_ || residual_.direct()) && !e_.mask; }
 
@@ -180,45 +181,3 @@ class Activated {
   Reader<T> residual_;
   bool has_residual_;
 };
-
-// What drivers.h asks of its arguments, for those with a residual and an activation.
-template <class Args>
-inline Geometry geometry_with_residual(const Args& a) {
-  // The output stands in for an absent residual: it constrains nothing.
-  const TensorRef operands[] = {a.y, a.x, a.epilogue.residual ? a.epilogue.residual : a.y};
-  return make_geometry(a.shape, operands, 3);
-}
-inline Geometry geometry_of(const ActivatedForwardArgs& a) { return geometry_with_residual(a); }
-inline Geometry geometry_of(const ActivatedInferenceArgs& a) { return geometry_with_residual(a); }
-
-template <class T>
-inline Activated<T> after_of(const Geometry& g, const ActivatedForwardArgs& a) {
-  return Activated<T>(g, a.epilogue, 2);
-}
-template <class T>
-inline Activated<T> after_of(const Geometry& g, const ActivatedInferenceArgs& a) {
-  return Activated<T>(g, a.epilogue, 2);
-}
-
-template <class T>
-inline NormaliseCoefficients<T> saved_coefficients(void* saved, int64_t channels) {
-  return {static_cast<Scalar<T>*>(saved) + kSavedCoefficients * channels, channels};
-}
-template <class T>
-inline NormaliseCoefficients<T> coefficients_of(const ActivatedForwardArgs& a, double*) {
-  return saved_coefficients<T>(a.saved, a.shape.c);
-}
-template <class T>
-inline NormaliseCoefficients<T> coefficients_of(const ActivatedInferenceArgs& a, double* memory) {
-  if (a.saved) return saved_coefficients<T>(a.saved, a.shape.c);
-  return {reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
-}
-
-template <class T>
-inline void save_statistics(const ActivatedInferenceArgs& a, int64_t c, Scalar<T> hi, Scalar<T> lo, double invstd) {
-  if (!a.saved) return;
-  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
-  saved[0] = hi;
-  saved[a.shape.c] = lo;
-  saved[2 * a.shape.c] = static_cast<Scalar<T>>(invstd);
-}

@@ -113,13 +113,12 @@ class ActivatedGradient {
  public:
   using Element = Computed<Scalar<T>>;
 
-  ActivatedGradient(const Geometry& g, const ActivatedBackwardArgs& a, int dy, int residual)
+  ActivatedGradient(const Geometry& g, const BackwardArgs& a, int dy, int residual)
       : g_(g),
         e_(a.epilogue),
         dy_(g, dy, a.dy.data),
         residual_(g, residual, a.epilogue.residual.data),
-        coefficients_{static_cast<Scalar<T>*>(const_cast<void*>(a.saved)) + kSavedCoefficients * a.shape.c, a.shape.c} {
-  }
+        coefficients_{static_cast<Scalar<T>*>(const_cast<void*>(a.saved)) + kSavedNormalise * a.shape.c, a.shape.c} {}
   // Outputs that are written with the pieces; nullptr for none.
   ActivatedGradient with_outputs(T* grad_residual, T* scaled, bool stream) const {
     ActivatedGradient r = *this;

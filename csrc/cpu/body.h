@@ -4,24 +4,23 @@ namespace bn_ext {
 namespace cpu {
 namespace {
 // clang-format off: each file builds on the ones before it
-#include "cpu/vec.h"
-#include "cpu/reader.h"
-#include "cpu/statistics.h"
-#include "cpu/statistics_float.h"
-#include "cpu/normalise.h"
-#include "cpu/activated.h"
-#include "cpu/activated_gradient.h"
-#include "cpu/gradient.h"
-#include "cpu/gradient_float.h"
-#include "cpu/grad_input.h"
-#include "cpu/drivers.h"
-#include "cpu/double_backward.h"
-#include "cpu/drivers_activated.h"
-#include "cpu/entries.h"
+#include "vec.h"
+#include "reader.h"
+#include "statistics.h"
+#include "statistics_float.h"
+#include "normalise.h"
+#include "activated.h"
+#include "activated_gradient.h"
+#include "gradient.h"
+#include "gradient_float.h"
+#include "grad_input.h"
+#include "drivers.h"
+#include "double_backward.h"
+#include "drivers_activated.h"
+#include "entries.h"
 // clang-format on
 
-const Kernels kKernels = {forward,           inference,           backward,          double_backward,
-                          forward_activated, inference_activated, backward_activated};
+const Kernels kKernels = {forward, backward, double_backward};
 }  // namespace
 }  // namespace cpu
 }  // namespace bn_ext

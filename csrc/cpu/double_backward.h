@@ -10,15 +10,15 @@ struct DoubleReads {
 // Sums are for training's means, and for the gradient of the weight.
 inline DoubleReads read_by_sums(const DoubleBackwardArgs& a) {
   const bool gg(a.gg_x), weight(a.grad_weight);
-  if (!a.saved) return {gg && weight, false, gg && weight};
+  if (!a.training) return {gg && weight, false, gg && weight};
   const bool dy = gg ? weight || a.dx : bool(a.gg_weight) && a.dx;
   return {dy, gg || dy, gg};
 }
 
 // Where neither gg nor a gradient of grad_weight arrived, what arrived at grad_bias is the result, of no tensor.
 inline DoubleReads read_by_apply(const DoubleBackwardArgs& a) {
-  const bool gg(a.gg_x), slope = a.gg_weight || (a.saved && gg);
-  return {slope && a.dx, slope && (a.grad_dy || a.saved), gg && (a.grad_dy || a.saved)};
+  const bool gg(a.gg_x), slope = a.gg_weight || (a.training && gg);
+  return {slope && a.dx, slope && (a.grad_dy || a.training), gg && (a.grad_dy || a.training)};
 }
 
 template <class T>
@@ -32,14 +32,15 @@ template <class T>
 inline void finish_double(const DoubleBackwardArgs& a, const double* sums, double invstd, int64_t c, bool reads_x,
                           const CoefficientsOf<DoubleGradInput<T>>& out) {
   DoubleChannel<Scalar<T>, double> channel;
-  channel_mean<T>(a, c, &channel.mean_hi, &channel.mean_lo);
-  if (!reads_x) channel.mean_hi = channel.mean_lo = 0;  // whatever it is, nothing is subtracted from nothing
+  // Where x is not read, whatever the mean is, nothing is subtracted from nothing.
+  channel.mean_hi = reads_x ? saved_at<T>(a, kSavedMeanHi, c) : Scalar<T>(0);
+  channel.mean_lo = reads_x ? saved_at<T>(a, kSavedMeanLo, c) : Scalar<T>(0);
   channel.invstd = invstd;
   channel.weight = load_element(a.weight, c, 1.0);
   channel.gg_weight = load_element(a.gg_weight, c, 0.0);
   channel.gg_bias = load_element(a.gg_bias, c, 0.0);
   channel.count = static_cast<double>(a.shape.count());
-  channel.training = a.saved != nullptr;
+  channel.training = a.training;
   if (a.grad_weight) store_element(a.grad_weight, c, double_grad_weight(channel, sums));
   if (!a.grad_dy && !a.dx) return;
   const auto k = double_coefficients(channel, sums);

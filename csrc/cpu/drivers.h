@@ -44,17 +44,35 @@ inline void set_normalise(const NormaliseCoefficients<T>& out, int64_t c, Scalar
   out.row(2)[c] = k.shift;
 }
 
-// Merged moments of channel c -> saved values, coefficients, running statistics.
+// Where the coefficients of the normalisation lie: in `saved` or, where there is none, in memory of the driver.
+template <class T>
+inline NormaliseCoefficients<T> coefficients_of(const ForwardArgs& a, double* memory) {
+  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved);
+  return {saved ? saved + kSavedNormalise * a.shape.c : reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
+}
+
+// Mean and variance of channel c -> saved values and coefficients.
+template <class T>
+inline void set_channel(const ForwardArgs& a, int64_t c, double mean_hi, double mean_lo, double variance,
+                        const NormaliseCoefficients<T>& coefficients) {
+  const double invstd = inverse_std(variance, a.eps);
+  Scalar<T> hi, lo;
+  split(mean_hi, mean_lo, &hi, &lo);
+  set_normalise<T>(coefficients, c, hi, lo, variance, invstd, a.weight, a.bias);
+  if (!a.saved) return;
+  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
+  saved[kSavedMeanHi * a.shape.c] = hi;
+  saved[kSavedMeanLo * a.shape.c] = lo;
+  saved[kSavedInvstd * a.shape.c] = static_cast<Scalar<T>>(invstd);
+}
+
+// Merged moments of channel c -> the same, and running statistics.
 template <class T>
 inline void finish_channel(const ForwardArgs& a, const Partials& partials, double momentum, int64_t c,
                            const NormaliseCoefficients<T>& coefficients) {
   const double count = static_cast<double>(a.shape.count());
   const double mean_hi = partials.row(0, 0)[c], mean_lo = partials.row(0, 1)[c], m2 = partials.row(0, 2)[c];
-  const double variance = m2 / count, invstd = inverse_std(variance, a.eps);
-  Scalar<T>* saved = static_cast<Scalar<T>*>(a.saved) + c;
-  split(mean_hi, mean_lo, saved, saved + a.shape.c);
-  saved[2 * a.shape.c] = static_cast<Scalar<T>>(invstd);
-  set_normalise<T>(coefficients, c, saved[0], saved[a.shape.c], variance, invstd, a.weight, a.bias);
+  set_channel<T>(a, c, mean_hi, mean_lo, m2 / count, coefficients);
   if (a.running_mean) {
     store_element(a.running_mean, c, running_update(load_element(a.running_mean, c), mean_hi, momentum));
   }
@@ -64,24 +82,14 @@ inline void finish_channel(const ForwardArgs& a, const Partials& partials, doubl
   }
 }
 
-// The geometry of the output, the input and what else is read beside it, what follows the normalisation, and where its
-// coefficients lie: in memory of the driver or, for backward, in `saved`.
-template <class Args>
-inline Geometry geometry_of(const Args& a) {
-  const TensorRef operands[] = {a.y, a.x};
-  return make_geometry(a.shape, operands, 2);
-}
-template <class T, class Args>
-inline Unactivated after_of(const Geometry&, const Args&) {
-  return {};
-}
-template <class T, class Args>
-inline NormaliseCoefficients<T> coefficients_of(const Args& a, double* memory) {
-  return {reinterpret_cast<Scalar<T>*>(memory), a.shape.c};
+// The geometry of the output, the input and a residual.
+inline Geometry geometry_of(const ForwardArgs& a) {
+  const TensorRef operands[] = {a.y, a.x, a.epilogue.residual};
+  return make_geometry(a.shape, operands, a.epilogue.residual ? 3 : 2);
 }
 
-template <class T, class Args>
-inline void forward_typed(const Args& a, const Parallel& par) {
+template <class T, class After>
+inline void forward_by_batch(const ForwardArgs& a, const Parallel& par) {
   const Geometry g = geometry_of(a);
   const int64_t chunks = g.chunks(), channels = g.channels;
   const Scratch scratch((chunks * 3 + 3) * channels);
@@ -89,7 +97,7 @@ inline void forward_typed(const Args& a, const Parallel& par) {
   const auto coefficients = coefficients_of<T>(a, scratch.data() + chunks * 3 * channels);
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
-  const auto after = after_of<T>(g, a);
+  const After after(g, a.epilogue);
   if (a.num_batches_tracked) ++*a.num_batches_tracked;
   double momentum = a.momentum;
   if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
@@ -113,26 +121,19 @@ inline void forward_typed(const Args& a, const Parallel& par) {
   });
 }
 
-template <class T>
-inline void save_statistics(const InferenceArgs&, int64_t, Scalar<T>, Scalar<T>, double) {}
-
-template <class T, class Args>
-inline void inference_typed(const Args& a, const Parallel& par) {
+template <class T, class After>
+inline void forward_by_running(const ForwardArgs& a, const Parallel& par) {
   const Geometry g = geometry_of(a);
   const Scratch scratch(3 * g.channels);
   const auto coefficients = coefficients_of<T>(a, scratch.data());
   for_channel_blocks(0, g.channels, 0, par, [&](int64_t b, int64_t e) {
     for (int64_t c = b; c < e; ++c) {
-      Scalar<T> hi, lo;
-      split(load_element(a.running_mean, c), 0.0, &hi, &lo);
-      const double variance = load_element(a.running_var, c), invstd = inverse_std(variance, a.eps);
-      set_normalise<T>(coefficients, c, hi, lo, variance, invstd, a.weight, a.bias);
-      save_statistics<T>(a, c, hi, lo, invstd);
+      set_channel<T>(a, c, load_element(a.running_mean, c), 0.0, load_element(a.running_var, c), coefficients);
     }
   });
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
-  const auto after = after_of<T>(g, a);
+  const After after(g, a.epilogue);
   if (g.columns) {
     normalise_columns(g, x, y, coefficients, Order::kForward, par, after);
   } else {
@@ -140,32 +141,35 @@ inline void inference_typed(const Args& a, const Parallel& par) {
   }
 }
 
-// What backward knows of the channels, from forward's saved values or the running statistics. `rest` = mean - shift.
+template <class T>
+inline void forward_typed(const ForwardArgs& a, const Parallel& par) {
+  const auto with = [&](auto* after) {
+    using After = std::remove_pointer_t<decltype(after)>;
+    a.training ? forward_by_batch<T, After>(a, par) : forward_by_running<T, After>(a, par);
+  };
+  a.epilogue ? with(static_cast<Activated<T>*>(nullptr)) : with(static_cast<Unactivated*>(nullptr));
+}
+
+// What backward knows of the channels, from forward's saved values. `rest` = mean - shift.
 template <class T>
 struct ChannelState {
   Centres<T> centres;
   double *rest, *invstd;
 };
 
+// A row of `saved` at channel c.
 template <class T>
-inline void channel_mean(const BackwardArgs& a, int64_t c, Scalar<T>* hi, Scalar<T>* lo) {
-  if (a.saved) {
-    const Scalar<T>* saved = static_cast<const Scalar<T>*>(a.saved) + c;
-    *hi = saved[0];
-    *lo = saved[a.shape.c];
-  } else {
-    split(load_element(a.running_mean, c), 0.0, hi, lo);
-  }
+inline Scalar<T> saved_at(const BackwardArgs& a, SavedRow row, int64_t c) {
+  return static_cast<const Scalar<T>*>(a.saved)[row * a.shape.c + c];
 }
 
 template <class T>
 inline void load_state(const BackwardArgs& a, const ChannelState<T>& s, int64_t c) {
-  Scalar<T> hi, lo;
-  channel_mean<T>(a, c, &hi, &lo);
+  const Scalar<T> hi = saved_at<T>(a, kSavedMeanHi, c), lo = saved_at<T>(a, kSavedMeanLo, c);
+  const Scalar<T> invstd = saved_at<T>(a, kSavedInvstd, c);
   two_sum<double>(hi, lo, s.centres.means.row(0) + c, s.centres.means.row(1) + c);
-  s.invstd[c] = a.saved ? static_cast<const Scalar<T>*>(a.saved)[2 * a.shape.c + c]
-                        : inverse_std(load_element(a.running_var, c), a.eps);
-  const Scalar<T> shift = coarse_shift(hi, static_cast<Scalar<T>>(s.invstd[c]));
+  s.invstd[c] = invstd;
+  const Scalar<T> shift = coarse_shift(hi, invstd);
   s.centres.shift.row(0)[c] = shift;
   s.rest[c] = static_cast<double>(hi) - shift + lo;
 }
@@ -177,12 +181,10 @@ inline void finish_gradient(const BackwardArgs& a, const ChunkSums<2>& sums, con
   const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
   if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
   if (a.grad_bias) store_element(a.grad_bias, c, sum_dy);
-  if (!a.dx || !a.saved) return;
-  Scalar<T> hi, lo;
-  channel_mean<T>(a, c, &hi, &lo);
-  const Scalar<T>* saved = static_cast<const Scalar<T>*>(a.saved) + c;
-  const Scalar<T> mean_hi = Op::kShares ? saved[kSavedCoefficients * a.shape.c] : hi;
-  const double mean_lo = (static_cast<double>(hi) - mean_hi) + lo;
+  if (!a.dx || !a.training) return;
+  const Scalar<T> hi = saved_at<T>(a, kSavedMeanHi, c);
+  const Scalar<T> mean_hi = Op::kShares ? saved_at<T>(a, kSavedNormalise, c) : hi;
+  const double mean_lo = (static_cast<double>(hi) - mean_hi) + saved_at<T>(a, kSavedMeanLo, c);
   const auto k = gradient_coefficients<Scalar<T>, double>(mean_hi, mean_lo, s.invstd[c], load_element(a.weight, c, 1.0),
                                                           sum_dy, dot, static_cast<double>(a.shape.count()));
   Scalar<T> values[Op::kCoefficients];
@@ -192,12 +194,13 @@ inline void finish_gradient(const BackwardArgs& a, const ChunkSums<2>& sums, con
 
 // Evaluation: dx = dy * scale, which is a normalise of dy; x is not read.
 template <class T>
-inline void scale_gradient(const BackwardArgs& a, const ChannelState<T>& s, Scalar<T>* memory, const Parallel& par) {
+inline void scale_gradient(const BackwardArgs& a, const Parallel& par) {
   const TensorRef operands[] = {a.dx, a.dy};
   const Geometry g = make_geometry(a.shape, operands, 2);
-  const NormaliseCoefficients<T> coefficients{memory, g.channels};
+  const Scratch scratch(3 * g.channels);
+  const NormaliseCoefficients<T> coefficients{reinterpret_cast<Scalar<T>*>(scratch.data()), g.channels};
   for (int64_t c = 0; c < g.channels; ++c) {
-    set_normalise<T>(coefficients, c, 0, 0, 0, s.invstd[c], a.weight, VectorRef());
+    set_normalise<T>(coefficients, c, 0, 0, 0, saved_at<T>(a, kSavedInvstd, c), a.weight, VectorRef());
   }
   const Reader<T> dy(g, 1, a.dy.data);
   T* dx = static_cast<T*>(a.dx.data);
@@ -219,9 +222,8 @@ inline ChannelState<T> state_in(const BackwardArgs& a, double* memory, int64_t c
   return state;
 }
 
-// The sums of dy as `reduced` gives it, the parameter gradients from them and, where `applied` is given, dx of batch
-// statistics of dy as that gives it: the same, or a copy with outputs of its own. Of fixed statistics, without `saved`,
-// dx is a multiple of the tensor dy.
+// The sums of dy as `reduced` gives it, the parameter gradients from them and, where `applied` is given, training's dx
+// of dy as that gives it: the same, or a copy with outputs of its own.
 template <class T, class Op = GradInput<T>, class Dy>
 inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy& reduced, const Dy* applied,
                              const Parallel& par) {
@@ -231,9 +233,6 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
   double* of_channels = scratch.data() + chunks * 2 * channels;
   const ChannelState<T> state = state_in<T>(a, of_channels, channels);
   const CoefficientsOf<Op> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels), channels};
-  if (a.dx && !a.saved) scale_gradient<T>(a, state, coefficients.data, par);
-  if (!applied && !a.grad_weight && !a.grad_bias) return;
-
   const Reader<T> x(g, 2, a.x.data);
   const int64_t together = channels_together(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
@@ -248,10 +247,12 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
 }
 
 template <class T>
-inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
+inline void backward_plain(const BackwardArgs& a, const Parallel& par) {
+  if (a.dx && !a.training) scale_gradient<T>(a, par);
+  if (!a.sums()) return;
   const TensorRef operands[] = {a.dx ? a.dx : a.x, a.dy, a.x};
   Geometry g = make_geometry(a.shape, operands, 3);
   g.set_chunks(kGradientChunks);
   const Reader<T> dy(g, 1, a.dy.data);
-  reduce_and_apply<T>(g, a, dy, a.dx && a.saved ? &dy : nullptr, par);
+  reduce_and_apply<T>(g, a, dy, a.dx && a.training ? &dy : nullptr, par);
 }

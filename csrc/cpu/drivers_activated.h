@@ -26,7 +26,7 @@ inline void write_gradient(const Geometry& g, const ActivatedGradient<T>& dy, co
 
 // Training's dx where the activation goes by a sign that the coefficients or the mask tell.
 template <class T, bool kMask, class Act>
-inline void backward_by_sign(const Geometry& g, const ActivatedBackwardArgs& a, const ActivatedGradient<T>& gradient,
+inline void backward_by_sign(const Geometry& g, const BackwardArgs& a, const ActivatedGradient<T>& gradient,
                              const Act& act, const Parallel& par) {
   const SignGradient<T, Act, kMask> reduced(gradient, act, nullptr);
   const SignGradient<T, Act, kMask> applied(gradient, act, static_cast<T*>(a.grad_residual.data));
@@ -35,7 +35,7 @@ inline void backward_by_sign(const Geometry& g, const ActivatedBackwardArgs& a, 
 }
 
 template <class T>
-inline void backward_activated_typed(const ActivatedBackwardArgs& a, const Parallel& par) {
+inline void backward_activated(const BackwardArgs& a, const Parallel& par) {
   const TensorRef residual = a.epilogue.residual && !a.epilogue.mask ? a.epilogue.residual : a.dx;
   const TensorRef operands[] = {a.dx, a.dy, a.x, residual};
   Geometry g = make_geometry(a.shape, operands, 4);
@@ -68,4 +68,9 @@ inline void backward_activated_typed(const ActivatedBackwardArgs& a, const Paral
   } else {
     write_gradient(g, gradient.with_outputs(grad_residual, dx, stream), Reader<T>(g, 2, a.x.data), par);
   }
+}
+
+template <class T>
+inline void backward_typed(const BackwardArgs& a, const Parallel& par) {
+  a.epilogue.activates() ? backward_activated<T>(a, par) : backward_plain<T>(a, par);
 }

@@ -18,21 +18,9 @@ inline void for_type(DType dtype, const Call& call) {
 void forward(const ForwardArgs& a, const Parallel& par) {
   for_type(a.dtype, [&](auto t) { forward_typed<decltype(t)>(a, par); });
 }
-void inference(const InferenceArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { inference_typed<decltype(t)>(a, par); });
-}
 void backward(const BackwardArgs& a, const Parallel& par) {
   for_type(a.dtype, [&](auto t) { backward_typed<decltype(t)>(a, par); });
 }
 void double_backward(const DoubleBackwardArgs& a, const Parallel& par) {
   for_type(a.dtype, [&](auto t) { double_backward_typed<decltype(t)>(a, par); });
-}
-void forward_activated(const ActivatedForwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { forward_typed<decltype(t)>(a, par); });
-}
-void inference_activated(const ActivatedInferenceArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { inference_typed<decltype(t)>(a, par); });
-}
-void backward_activated(const ActivatedBackwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { backward_activated_typed<decltype(t)>(a, par); });
 }

@@ -1,9 +1,9 @@
 // Baseline of the architecture: SSE2 on x86-64, NEON on aarch64.
-#include "cpu/prelude.h"
+#include "prelude.h"
 
 #define BN_LEVEL 0
 #define BN_VECTOR_BYTES 16
-#include "cpu/body.h"
+#include "body.h"
 
 namespace bn_ext {
 namespace cpu {

@@ -112,6 +112,8 @@ inline void for_tasks(Order order, int64_t begin, int64_t end, const Body& body)
 
 // What follows the normalisation in the same pass: nothing, or activated.h's Activated.
 struct Unactivated {
+  Unactivated() = default;
+  Unactivated(const Geometry&, const Epilogue&) {}
   static constexpr bool direct() { return true; }
 };
 

@@ -16,11 +16,11 @@
 #define BN_EXT_X86 1
 #endif
 
-#include "activation.h"
-#include "double_formulas.h"
-#include "formulas.h"
-#include "kernels.h"
-#include "layout.h"
+#include "core/activation.h"
+#include "core/double_formulas.h"
+#include "core/formulas.h"
+#include "core/kernels.h"
+#include "core/layout.h"
 
 namespace bn_ext {
 

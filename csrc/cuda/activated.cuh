@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "activation.h"
 #include "backward.cuh"
+#include "core/activation.h"
 #include "forward.cuh"
 
 namespace bn_ext {
@@ -14,7 +14,7 @@ template <class S, class V>
 struct Words {
   using type = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
 };
-#include "activation_math.h"
+#include "core/activation_math.h"
 
 // use(activation) for the launch's, so that a branch on it is taken by all threads alike.
 template <typename A, class Use>
@@ -82,19 +82,12 @@ __device__ __forceinline__ Vec<T, V> activate(const Epilogue& e, unsigned* bits,
   });
 }
 
-// The tile's coefficients of one channel to their rows of `saved`.
-template <typename A>
-__device__ inline void save_coefficients(A* saved, int64_t channels, int64_t channel, const A* tile, int of_tile,
-                                         int j) {
-  for (int k = 0; k < 3; ++k) saved[(kSavedCoefficients + k) * channels + channel] = tile[k * of_tile + j];
-}
-
 // y = act((x - mean_hi) * scale + shift + residual), the residual of any strides; y may be x.
 template <typename T, int V, bool kResidual>
 struct ActivatedEvaluation {
   using Element = T;
   using A = typename Accumulate<T>::Type;
-  using Args = ActivatedInferenceArgs;
+  using Args = ForwardArgs;
   static constexpr int kVector = V, kInputs = kResidual ? 2 : 1, kOutputs = 1, kCoefficients = 3;
   static constexpr int kUnroll = kResidual ? 2 : 4;  // as many rows as the registers hold
   static constexpr bool kMarks = kResidual, kInPlace = true;
@@ -113,14 +106,6 @@ struct ActivatedEvaluation {
   }
   static __device__ void coefficients(const Args& a, int64_t channel, int j, int channels, A* out) {
     Evaluation<T, V>::coefficients(a, channel, j, channels, out);
-    if (!a.saved) return;
-    // For backward. All blocks of a tile write the same.
-    const double variance = read(a.running_var, channel, 1);
-    A hi, lo;
-    split(read(a.running_mean, channel, 0), 0.0, &hi, &lo);
-    const A values[3] = {hi, lo, static_cast<A>(inverse_std<A>(variance, a.eps))};
-    for (int k = 0; k < 3; ++k) static_cast<A*>(a.saved)[k * a.shape.c + channel] = values[k];
-    save_coefficients(static_cast<A*>(a.saved), a.shape.c, channel, out, channels, j);
   }
 };
 
@@ -128,17 +113,11 @@ struct ActivatedEvaluation {
 template <typename T, int V, bool kResidual>
 struct ActivatedForward : Forward<T, V> {
   using A = typename Forward<T, V>::A;
-  using Args = ActivatedForwardArgs;
+  using Args = ForwardArgs;
 
   static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[1], const A (&c)[3][V], const Args& a) {
     unsigned bits = 0;
     return activate<T, V, A>(a.epilogue, &bits, [&](int i) { return (widen(in[0][i]) - c[0][i]) * c[1][i] + c[2][i]; });
-  }
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* total, bool valid, int64_t channel,
-                                int j, int channels, int lane, bool owner, double momentum, A* out) {
-    Forward<T, V>::finish(p, a, total, valid, channel, j, channels, lane, owner, momentum, out);
-    if (!valid || lane != 0 || !owner) return;
-    save_coefficients(static_cast<A*>(a.saved), p.channels, channel, out, channels, j);
   }
 };
 
@@ -146,7 +125,7 @@ struct ActivatedForward : Forward<T, V> {
 template <typename T, int V>
 struct ActivatedForward<T, V, true> : ActivatedForward<T, V, false> {
   using A = typename Forward<T, V>::A;
-  using Args = ActivatedForwardArgs;
+  using Args = ForwardArgs;
   using Beside = Vec<T, V>;
   static constexpr int kUnroll = 2;  // as many rows as the registers hold
   static constexpr bool kMarks = true, kSumsBeside = false;
@@ -185,14 +164,14 @@ template <typename T, int V, Source kSource>
 struct ActivatedGradient {
   using Element = T;
   using A = typename Accumulate<T>::Type;
-  using Args = ActivatedBackwardArgs;
+  using Args = BackwardArgs;
   // The bits of a vector, or nothing.
   using Beside = std::conditional_t<kSource == Source::kMask, unsigned, char>;
 
   template <int N>
   static __device__ __forceinline__ Beside beside(const Args& a, int64_t offset) {
     if constexpr (kSource != Source::kMask) return 0;
-    return a.epilogue.mask ? load_mask<T, N>(a.epilogue.mask, offset) : ~0u;
+    return load_mask<T, N>(a.epilogue.mask, offset);
   }
 
   // use(gradient): gradient(dy, bits, i, x, residual, mean_hi, scale, shift) of element i.
@@ -221,7 +200,7 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   using Of = ActivatedGradient<T, V, kSource>;
   using Element = T;
   using A = typename Sums::A;
-  using Args = ActivatedBackwardArgs;
+  using Args = BackwardArgs;
   using Beside = typename Of::Beside;
   static constexpr bool kOnePass = false, kSumsBeside = true;
   static constexpr int kInputs = kSource == Source::kSum ? 3 : 2, kOutputs = 2, kUnroll = 2;
@@ -236,7 +215,7 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   static __device__ void begin(State* s, const Plan& p, const Place<V>& place, const Args& a) {
     Sums::begin(s, p, place, a);
     if constexpr (kSource != Source::kMask) {
-      const A* saved = static_cast<const A*>(a.saved) + kSavedCoefficients * p.channels;
+      const A* saved = static_cast<const A*>(a.saved) + kSavedNormalise * p.channels;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const int64_t channel = place.channel(p, i);
@@ -311,14 +290,16 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
     double sum_dy, dot;
-    Sums::sums_of(p, a, *totals, channel, &sum_dy, &dot);
-    const auto saved = [&](int row) { return static_cast<const A*>(a.saved)[row * p.channels + channel]; };
+    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
+    const auto saved = [&](int row) { return Sums::saved(a, row, channel); };
     // The mean as the normalisation has it, mean_hi = 0 included.
-    const A mean_hi = saved(kSavedCoefficients);
-    const double mean_lo = (static_cast<double>(saved(0)) - static_cast<double>(mean_hi)) + saved(1), invstd = saved(2);
+    const A mean_hi = saved(kSavedNormalise);
+    const double mean_lo =
+        (static_cast<double>(saved(kSavedMeanHi)) - static_cast<double>(mean_hi)) + saved(kSavedMeanLo);
+    const double invstd = saved(kSavedInvstd);
     const auto g =
         gradient_coefficients<A, double>(mean_hi, mean_lo, invstd, 1.0, sum_dy, dot, static_cast<double>(p.count));
-    const A c[6] = {mean_hi, saved(kSavedCoefficients + 1), g.dy_hi, g.slope, g.offset, saved(kSavedCoefficients + 2)};
+    const A c[6] = {mean_hi, saved(kSavedNormalise + 1), g.dy_hi, g.slope, g.offset, saved(kSavedNormalise + 2)};
     for (int k = 0; k < kCoefficients; ++k) out[k * channels + j] = c[k];
     if (owner) Sums::put_parameters(a, channel, sum_dy, dot, invstd);
   }
@@ -329,7 +310,7 @@ template <typename T, int V, Source kSource>
 struct ActivationGradient : ActivatedGradient<T, V, kSource> {
   using Of = ActivatedGradient<T, V, kSource>;
   using A = typename Of::A;
-  using Args = ActivatedBackwardArgs;
+  using Args = BackwardArgs;
   using Beside = typename Of::Beside;
   static constexpr bool kSumsBeside = false;
   static constexpr int kVector = V,
@@ -358,7 +339,7 @@ struct ActivationGradient : ActivatedGradient<T, V, kSource> {
   }
   // scale, mean_hi, shift
   static __device__ void coefficients(const Args& a, int64_t channel, int j, int channels, A* out) {
-    const A* saved = static_cast<const A*>(a.saved) + kSavedCoefficients * a.shape.c + channel;
+    const A* saved = static_cast<const A*>(a.saved) + kSavedNormalise * a.shape.c + channel;
     constexpr int rows[3] = {1, 0, 2};
     for (int k = 0; k < kCoefficients; ++k) out[k * channels + j] = saved[rows[k] * a.shape.c];
   }

@@ -34,21 +34,19 @@ struct GradientSums {
     int batch = 0;
   };
 
-  static __device__ A shift_of(const Plan& p, const Args& a, int64_t channel) {
-    if (a.saved) {
-      const A* saved = static_cast<const A*>(a.saved);
-      return coarse_shift(saved[channel], saved[2 * p.channels + channel]);
-    }
-    const double variance = read(a.running_var, channel, 1);
-    return coarse_shift(static_cast<A>(read(a.running_mean, channel, 0)),
-                        static_cast<A>(inverse_std<A>(variance, a.eps)));
+  // A row of `saved`.
+  static __device__ A saved(const Args& a, int row, int64_t channel) {
+    return static_cast<const A*>(a.saved)[row * a.shape.c + channel];
+  }
+  static __device__ A shift_of(const Args& a, int64_t channel) {
+    return coarse_shift(saved(a, kSavedMeanHi, channel), saved(a, kSavedInvstd, channel));
   }
 
   static __device__ void begin(State* s, const Plan& p, const Place<V>& place, const Args& a) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int64_t channel = place.channel(p, i);
-      s->shift[i] = place.active && channel < p.channels ? shift_of(p, a, channel) : A(0);
+      s->shift[i] = place.active && channel < p.channels ? shift_of(a, channel) : A(0);
       s->dy[i] = s->dot[i] = s->all_dy[i] = s->all_dot[i] = 0;
     }
   }
@@ -90,14 +88,17 @@ struct GradientSums {
     return r;
   }
 
-  // sum(dy) and sum(dy * (x - mean)), from the sums around the shift. Of what has a `saved`.
-  static __device__ void sums_of(const Plan& p, const Args& a, const Partial<double>& total, int64_t channel,
-                                 double* sum_dy, double* dot) {
-    const A* saved = static_cast<const A*>(a.saved);
-    const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
+  // mean - shift
+  static __device__ double beyond_shift(const Args& a, int64_t channel) {
+    return (static_cast<double>(saved(a, kSavedMeanHi, channel)) - static_cast<double>(shift_of(a, channel))) +
+           saved(a, kSavedMeanLo, channel);
+  }
+
+  // sum(dy) and sum(dy * (x - mean)), from the sums around the shift.
+  static __device__ void sums_of(const Args& a, const Partial<double>& total, int64_t channel, double* sum_dy,
+                                 double* dot) {
     *sum_dy = total[0] + total[1];
-    const double beyond = (static_cast<double>(hi) - static_cast<double>(coarse_shift(hi, invstd))) + lo;
-    *dot = (total[2] + total[3]) - beyond * *sum_dy;
+    *dot = (total[2] + total[3]) - beyond_shift(a, channel) * *sum_dy;
   }
 
   // Gradients of the parameters from sum_dy and the dot product with x - mean.
@@ -130,12 +131,12 @@ struct Backward : GradientSums<T, V> {
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
     double sum_dy, dot;
-    Sums::sums_of(p, a, *totals, channel, &sum_dy, &dot);
-    const A* saved = static_cast<const A*>(a.saved);
-    const A hi = saved[channel], lo = saved[p.channels + channel], invstd = saved[2 * p.channels + channel];
+    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
+    const double invstd = Sums::saved(a, kSavedInvstd, channel);
     if (a.dx) {
-      const auto g = gradient_coefficients<A, double>(hi, lo, invstd, read(a.weight, channel, 1), sum_dy, dot,
-                                                      static_cast<double>(p.count));
+      const auto g = gradient_coefficients<A, double>(
+          Sums::saved(a, kSavedMeanHi, channel), Sums::saved(a, kSavedMeanLo, channel), invstd,
+          read(a.weight, channel, 1), sum_dy, dot, static_cast<double>(p.count));
       const A c[5] = {g.mean_hi, g.dy_hi, g.scale, g.slope, g.offset};
       for (int k = 0; k < 5; ++k) out[k * channels + j] = c[k];
     }
@@ -152,24 +153,20 @@ struct EvaluationBackward : GradientSums<T, V> {
   static constexpr bool kOnePass = true;
   static constexpr int kCoefficients = 1;
 
-  static __device__ double invstd_of(const Args& a, int64_t channel) {
-    return inverse_std<A>(read(a.running_var, channel, 1), a.eps);
-  }
   static __device__ A scale_of(const Args& a, int64_t channel) {
-    return static_cast<A>(invstd_of(a, channel) * read(a.weight, channel, 1));
+    return static_cast<A>(Sums::saved(a, kSavedInvstd, channel) * read(a.weight, channel, 1));
   }
 
   static __device__ __forceinline__ Vec<T, V> apply(const Vec<T, V> (&in)[2], const A (&c)[1][V], const Args&) {
     return scaled(in[0], c);
   }
 
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
-                                int64_t channel, int, int, int lane, bool owner, double, A*) {
+  static __device__ void finish(const Plan&, const Args& a, const Partial<double>* totals, bool valid, int64_t channel,
+                                int, int, int lane, bool owner, double, A*) {
     if (!valid || lane != 0 || !owner) return;
-    const Partial<double>& total = *totals;
-    const double sum_dy = total[0] + total[1], mean = read(a.running_mean, channel, 0);
-    const double dot = (total[2] + total[3]) - (mean - static_cast<double>(Sums::shift_of(p, a, channel))) * sum_dy;
-    Sums::put_parameters(a, channel, sum_dy, dot, invstd_of(a, channel));
+    double sum_dy, dot;
+    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
+    Sums::put_parameters(a, channel, sum_dy, dot, Sums::saved(a, kSavedInvstd, channel));
   }
 };
 

@@ -1,8 +1,8 @@
-// Derivatives of training's gradients, with a gradient that arrived at dx: csrc/double_formulas.h.
+// Derivatives of training's gradients, with a gradient that arrived at dx: csrc/core/double_formulas.h.
 #pragma once
 
 #include "backward.cuh"
-#include "double_formulas.h"
+#include "core/double_formulas.h"
 
 namespace bn_ext {
 namespace cuda {
@@ -13,6 +13,7 @@ struct DoubleBackward {
   using Element = T;
   using A = typename Accumulate<T>::Type;
   using Args = DoubleBackwardArgs;
+  using Sums = GradientSums<T, V>;
   static constexpr int kVector = V, kInputs = 3, kOutputs = 2, kUnroll = 2, kBatch = 32;
   static constexpr int kCoefficients = kDoubleCoefficients;
   static constexpr int kGroups = 3;  // sums of dy and of gg, each alone and with x; of gg * dy
@@ -31,7 +32,7 @@ struct DoubleBackward {
     for (int i = 0; i < V; ++i) {
       const int64_t channel = place.channel(p, i);
       const bool there = place.active && channel < p.channels;
-      s->shift[i] = there ? GradientSums<T, V>::shift_of(p, a, channel) : A(0);
+      s->shift[i] = there ? Sums::shift_of(a, channel) : A(0);
 #pragma unroll
       for (int k = 0; k < kDoubleSums; ++k) s->sum[k][i] = s->all[k][i] = 0;
     }
@@ -101,19 +102,16 @@ struct DoubleBackward {
   static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
-    const A* saved = static_cast<const A*>(a.saved);
     DoubleChannel<A, double> c;
-    c.mean_hi = saved[channel];
-    c.mean_lo = saved[p.channels + channel];
-    const A invstd = saved[2 * p.channels + channel];
-    c.invstd = invstd;
+    c.mean_hi = Sums::saved(a, kSavedMeanHi, channel);
+    c.mean_lo = Sums::saved(a, kSavedMeanLo, channel);
+    c.invstd = Sums::saved(a, kSavedInvstd, channel);
     c.weight = read(a.weight, channel, 1);
     c.gg_weight = read(a.gg_weight, channel, 0);
     c.gg_bias = read(a.gg_bias, channel, 0);
     c.count = static_cast<double>(p.count);
     c.training = true;
-    const double beyond =
-        (static_cast<double>(c.mean_hi) - static_cast<double>(coarse_shift(c.mean_hi, invstd))) + c.mean_lo;
+    const double beyond = Sums::beyond_shift(a, channel);
     double sums[kDoubleSums];
     for (int k = 0; k < kDoubleSums; ++k) {
       sums[k] = totals[k / 2][k % 2 * 2] + totals[k / 2][k % 2 * 2 + 1];

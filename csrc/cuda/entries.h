@@ -6,13 +6,9 @@
 namespace bn_ext {
 namespace cuda {
 
-#define BN_EXT_DECLARE_ENTRIES(NAME)                                                                     \
-  cudaError_t forward_activated_##NAME(const ActivatedForwardArgs&, const Plan&, void*, cudaStream_t);   \
-  cudaError_t backward_activated_##NAME(const ActivatedBackwardArgs&, const Plan&, void*, cudaStream_t); \
-  cudaError_t inference_activated_##NAME(const ActivatedInferenceArgs&, const Plan&, cudaStream_t);      \
-  cudaError_t forward_##NAME(const ForwardArgs&, const Plan&, void*, cudaStream_t);                      \
-  cudaError_t inference_##NAME(const InferenceArgs&, const Plan&, cudaStream_t);                         \
-  cudaError_t backward_##NAME(const BackwardArgs&, const Plan&, void*, cudaStream_t);                    \
+#define BN_EXT_DECLARE_ENTRIES(NAME)                                                  \
+  cudaError_t forward_##NAME(const ForwardArgs&, const Plan&, void*, cudaStream_t);   \
+  cudaError_t backward_##NAME(const BackwardArgs&, const Plan&, void*, cudaStream_t); \
   cudaError_t double_backward_##NAME(const DoubleBackwardArgs&, const Plan&, void*, cudaStream_t);
 
 BN_EXT_DECLARE_ENTRIES(float32)

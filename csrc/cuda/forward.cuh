@@ -1,4 +1,4 @@
-// Training forward, and the elementwise part that evaluation shares with it.
+// Forward of training and of evaluation.
 #pragma once
 
 #include "reduce.cuh"
@@ -27,20 +27,31 @@ struct Affine {
   }
 };
 
+// Mean and variance of a channel -> its coefficients, in the tile's rows and, where it `saves`, all of `saved`.
+template <typename T, int V, typename A>
+__device__ inline void set_channel(const ForwardArgs& a, int64_t channel, double mean_hi, double mean_lo,
+                                   double variance, int j, int of_tile, A* tile, bool saves) {
+  const double invstd = inverse_std<A>(variance, a.eps);
+  A hi, lo;
+  split(mean_hi, mean_lo, &hi, &lo);
+  const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
+  const auto n = normalise_coefficients<A, double>(hi, lo, variance, invstd, weight, bias);
+  Affine<T, V>::put(tile, of_tile, j, n);
+  if (!saves) return;
+  const A values[kSavedRows] = {hi, lo, static_cast<A>(invstd), n.mean_hi, n.scale, n.shift};
+  for (int k = 0; k < kSavedRows; ++k) static_cast<A*>(a.saved)[k * a.shape.c + channel] = values[k];
+}
+
 template <typename T, int V>
 struct Evaluation : Affine<T, V> {
   using A = typename Affine<T, V>::A;
-  using Args = InferenceArgs;
+  using Args = ForwardArgs;
   static constexpr int kUnroll = 4;
 
+  // All blocks of a tile save the same.
   static __device__ void coefficients(const Args& a, int64_t channel, int j, int channels, A* out) {
     const double mean = read(a.running_mean, channel, 0), variance = read(a.running_var, channel, 1);
-    A hi, lo;
-    split(mean, 0.0, &hi, &lo);
-    const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
-    Affine<T, V>::put(
-        out, channels, j,
-        normalise_coefficients<A, double>(hi, lo, variance, inverse_std<A>(variance, a.eps), weight, bias));
+    set_channel<T, V>(a, channel, mean, 0.0, variance, j, channels, out, a.saved != nullptr);
   }
 };
 
@@ -161,18 +172,9 @@ struct Forward : Affine<T, V> {
       if (overflow) m2 = wide;
     }
     if (!valid || lane != 0) return;
-    const double count = static_cast<double>(p.count), variance = m2 / count;
-    const double invstd = inverse_std<A>(variance, a.eps);
-    A hi, lo;
-    split(total[1], total[2], &hi, &lo);
-    const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
-    Affine<T, V>::put(out, channels, j, normalise_coefficients<A, double>(hi, lo, variance, invstd, weight, bias));
-    if (!owner) return;
-    A* saved = static_cast<A*>(a.saved);
-    saved[channel] = hi;
-    saved[p.channels + channel] = lo;
-    saved[2 * p.channels + channel] = static_cast<A>(invstd);
-    if (a.running_mean) {
+    const double count = static_cast<double>(p.count);
+    set_channel<T, V>(a, channel, total[1], total[2], m2 / count, j, channels, out, owner);
+    if (owner && a.running_mean) {
       write(a.running_mean, channel, running_update(read(a.running_mean, channel, 0), mean, momentum));
       write(a.running_var, channel, running_update(read(a.running_var, channel, 0), m2 / (count - 1), momentum));
     }

@@ -60,19 +60,6 @@ cudaError_t with_vector(const Plan& plan, const Use& use) {
   return plan.vector == 1 ? use(static_cast<Op<T, 1>*>(nullptr)) : use(static_cast<Op<T, kFull>*>(nullptr));
 }
 
-template <typename T>
-cudaError_t forward_of(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
-  return with_vector<Forward, T>(plan, [&](auto* op) {
-    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
-  });
-}
-
-template <typename T>
-cudaError_t inference_of(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {
-  return with_vector<Evaluation, T>(
-      plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
-}
-
 // As with_vector, of the operation with or without a residual.
 template <template <typename, int, bool> class Op, typename T, class Use>
 cudaError_t with_residual(const Epilogue& epilogue, const Plan& plan, const Use& use) {
@@ -81,21 +68,22 @@ cudaError_t with_residual(const Epilogue& epilogue, const Plan& plan, const Use&
 }
 
 template <typename T>
-cudaError_t forward_activated_of(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,
-                                 cudaStream_t stream) {
-  return with_residual<ActivatedForward, T>(args.epilogue, plan, [&](auto* op) {
+cudaError_t forward_of(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  const auto reduce = [&](auto* op) {
     return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
-  });
-}
-
-template <typename T>
-cudaError_t inference_activated_of(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) {
-  return with_residual<ActivatedEvaluation, T>(
-      args.epilogue, plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
+  };
+  const auto write = [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); };
+  if (args.training) {
+    return args.epilogue ? with_residual<ActivatedForward, T>(args.epilogue, plan, reduce)
+                         : with_vector<Forward, T>(plan, reduce);
+  }
+  // What may write into its input reads it otherwise.
+  return args.epilogue || args.x.data == args.y.data ? with_residual<ActivatedEvaluation, T>(args.epilogue, plan, write)
+                                                     : with_vector<Evaluation, T>(plan, write);
 }
 
 template <typename T, Source kSource>
-cudaError_t backward_by(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t backward_by(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   if (args.sums()) {
     constexpr int kFull = access_bytes(Pass::kActivatedBackward, sizeof(T)) / static_cast<int>(sizeof(T));
     if (plan.vector == 1) {
@@ -109,25 +97,22 @@ cudaError_t backward_by(const ActivatedBackwardArgs& args, const Plan& plan, voi
 }
 
 template <typename T>
-cudaError_t backward_activated_of(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,
-                                  cudaStream_t stream) {
-  switch (source_of(args)) {
-    case Source::kArgument:
-      return backward_by<T, Source::kArgument>(args, plan, workspace, stream);
-    case Source::kSum:
-      return backward_by<T, Source::kSum>(args, plan, workspace, stream);
-    default:
-      return backward_by<T, Source::kMask>(args, plan, workspace, stream);
-  }
-}
-
-template <typename T>
 cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  if (args.epilogue.activates()) {
+    switch (source_of(args.epilogue)) {
+      case Source::kArgument:
+        return backward_by<T, Source::kArgument>(args, plan, workspace, stream);
+      case Source::kSum:
+        return backward_by<T, Source::kSum>(args, plan, workspace, stream);
+      default:
+        return backward_by<T, Source::kMask>(args, plan, workspace, stream);
+    }
+  }
   const auto reduce = [&](auto* op) {
     return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
   };
-  if (args.saved) return with_vector<Backward, T>(plan, reduce);
-  if (args.grad_weight || args.grad_bias) return with_vector<EvaluationBackward, T>(plan, reduce);
+  if (args.training) return with_vector<Backward, T>(plan, reduce);
+  if (args.sums()) return with_vector<EvaluationBackward, T>(plan, reduce);
   return with_vector<EvaluationScale, T>(
       plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
 }
@@ -140,30 +125,16 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
 }
 
 // Defines the entries of one type (entries.h).
-#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                                \
-  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {       \
-    return forward_of<T>(args, plan, workspace, stream);                                                              \
-  }                                                                                                                   \
-  cudaError_t inference_##NAME(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {                    \
-    return inference_of<T>(args, plan, stream);                                                                       \
-  }                                                                                                                   \
-  cudaError_t forward_activated_##NAME(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,           \
-                                       cudaStream_t stream) {                                                         \
-    return forward_activated_of<T>(args, plan, workspace, stream);                                                    \
-  }                                                                                                                   \
-  cudaError_t backward_activated_##NAME(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,         \
-                                        cudaStream_t stream) {                                                        \
-    return backward_activated_of<T>(args, plan, workspace, stream);                                                   \
-  }                                                                                                                   \
-  cudaError_t inference_activated_##NAME(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) { \
-    return inference_activated_of<T>(args, plan, stream);                                                             \
-  }                                                                                                                   \
-  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {     \
-    return backward_of<T>(args, plan, workspace, stream);                                                             \
-  }                                                                                                                   \
-  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,               \
-                                     cudaStream_t stream) {                                                           \
-    return double_backward_of<T>(args, plan, workspace, stream);                                                      \
+#define BN_EXT_DEFINE_ENTRIES(NAME, T)                                                                            \
+  cudaError_t forward_##NAME(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {   \
+    return forward_of<T>(args, plan, workspace, stream);                                                          \
+  }                                                                                                               \
+  cudaError_t backward_##NAME(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) { \
+    return backward_of<T>(args, plan, workspace, stream);                                                         \
+  }                                                                                                               \
+  cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,           \
+                                     cudaStream_t stream) {                                                       \
+    return double_backward_of<T>(args, plan, workspace, stream);                                                  \
   }
 
 }  // namespace cuda

@@ -51,46 +51,18 @@ Entry* of_type(DType dtype, Entry* float32, Entry* float64, Entry* bfloat16, Ent
 }
 
 // Single elements set their bits in bytes that they share.
-cudaError_t clear_mask(const Epilogue& epilogue, const Shape& shape, DType dtype, const Plan& plan,
-                       cudaStream_t stream) {
-  if (!epilogue.mask || plan.vector > 1) return cudaSuccess;
-  const int64_t size = mask_bytes(shape.numel(), cuda_mask_elements(element_bytes(dtype)));
-  return cudaMemsetAsync(epilogue.mask, 0, static_cast<size_t>(size), stream);
+cudaError_t clear_mask(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (!args.epilogue.mask || plan.vector > 1) return cudaSuccess;
+  const int64_t size = mask_bytes(args.shape.numel(), cuda_mask_elements(element_bytes(args.dtype)));
+  return cudaMemsetAsync(args.epilogue.mask, 0, static_cast<size_t>(size), stream);
 }
 
 }  // namespace
 
 cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  if (const auto error = clear_mask(args, plan, stream); error != cudaSuccess) return error;
   return of_type(args.dtype, forward_float32, forward_float64, forward_bfloat16, forward_float16)(args, plan, workspace,
                                                                                                   stream);
-}
-
-cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t stream) {
-  return of_type(args.dtype, inference_float32, inference_float64, inference_bfloat16, inference_float16)(args, plan,
-                                                                                                          stream);
-}
-
-cudaError_t forward_activated(const ActivatedForwardArgs& args, const Plan& plan, void* workspace,
-                              cudaStream_t stream) {
-  if (const auto error = clear_mask(args.epilogue, args.shape, args.dtype, plan, stream); error != cudaSuccess) {
-    return error;
-  }
-  return of_type(args.dtype, forward_activated_float32, forward_activated_float64, forward_activated_bfloat16,
-                 forward_activated_float16)(args, plan, workspace, stream);
-}
-
-cudaError_t inference_activated(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream) {
-  if (const auto error = clear_mask(args.epilogue, args.shape, args.dtype, plan, stream); error != cudaSuccess) {
-    return error;
-  }
-  return of_type(args.dtype, inference_activated_float32, inference_activated_float64, inference_activated_bfloat16,
-                 inference_activated_float16)(args, plan, stream);
-}
-
-cudaError_t backward_activated(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,
-                               cudaStream_t stream) {
-  return of_type(args.dtype, backward_activated_float32, backward_activated_float64, backward_activated_bfloat16,
-                 backward_activated_float16)(args, plan, workspace, stream);
 }
 
 cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {

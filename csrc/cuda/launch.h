@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "activation.h"
+#include "core/kernels.h"
 #include "plan.h"
 
 namespace bn_ext {
@@ -12,15 +12,10 @@ namespace cuda {
 // Figures of CUDA device `index`.
 cudaError_t query_device(int index, Device* device);
 
-// `workspace` holds plan.workspace_bytes, aligned to 16, of any content; it belongs to this call alone.
+// `workspace` holds plan.workspace_bytes, aligned to 16, of any content; it belongs to this call alone. The residual of
+// training has the output's strides and its alignment. A mask is written whole, whatever it holds before. Evaluation
+// may write into its input.
 cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
-cudaError_t inference(const InferenceArgs& args, const Plan& plan, cudaStream_t stream);
-// The residual of forward has the output's strides and its alignment. A mask is written whole, whatever it holds
-// before. Inference may write into its input.
-cudaError_t forward_activated(const ActivatedForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
-cudaError_t inference_activated(const ActivatedInferenceArgs& args, const Plan& plan, cudaStream_t stream);
-cudaError_t backward_activated(const ActivatedBackwardArgs& args, const Plan& plan, void* workspace,
-                               cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);
 // Of training, with a gradient at grad_input.
 cudaError_t double_backward(const DoubleBackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream);

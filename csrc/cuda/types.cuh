@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "formulas.h"
-#include "kernels.h"
+#include "core/formulas.h"
+#include "core/kernels.h"
 #include "memory.cuh"
 
 namespace bn_ext {

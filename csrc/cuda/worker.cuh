@@ -19,21 +19,14 @@ struct Tensors {
   T* out[Op::kOutputs];  // null: not wanted
 
   __device__ explicit Tensors(const ForwardArgs& a)
-      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
-  __device__ explicit Tensors(const InferenceArgs& a)
-      : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {}
-  __device__ explicit Tensors(const ActivatedInferenceArgs& a)
       : in{static_cast<const T*>(a.x.data)}, out{static_cast<T*>(a.y.data)} {
     if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.epilogue.residual.data);
   }
-  __device__ explicit Tensors(const ActivatedBackwardArgs& a)
-      : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.grad_residual.data), static_cast<T*>(a.dx.data)} {
+  __device__ explicit Tensors(const BackwardArgs& a) : in{static_cast<const T*>(a.dy.data)} {
     if constexpr (Op::kInputs >= 2) in[1] = static_cast<const T*>(a.x.data);
     if constexpr (Op::kInputs == 3) in[2] = static_cast<const T*>(a.epilogue.residual.data);
-  }
-  __device__ explicit Tensors(const BackwardArgs& a)
-      : in{static_cast<const T*>(a.dy.data)}, out{static_cast<T*>(a.dx.data)} {
-    if constexpr (Op::kInputs == 2) in[1] = static_cast<const T*>(a.x.data);
+    if constexpr (Op::kOutputs == 2) out[0] = static_cast<T*>(a.grad_residual.data);
+    out[Op::kOutputs - 1] = static_cast<T*>(a.dx.data);
   }
   __device__ explicit Tensors(const DoubleBackwardArgs& a)
       : in{static_cast<const T*>(a.dy.data), static_cast<const T*>(a.x.data), static_cast<const T*>(a.gg_x.data)},

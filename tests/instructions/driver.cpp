@@ -103,21 +103,20 @@ int main(int argc, char** argv) {
         a.grad_dy = tensor(4);
         kernels->double_backward(a, one_thread);
       } else if (c.pass == Case::kBackward) {
-        ActivatedBackwardArgs a;
+        BackwardArgs a;
         set_backward(a);
-        a.training = true;
-        a.epilogue = epilogue;
-        c.activated ? kernels->backward_activated(a, one_thread) : kernels->backward(a, one_thread);
+        if (c.activated) a.epilogue = epilogue;
+        kernels->backward(a, one_thread);
       } else {
-        ActivatedForwardArgs a;
+        ForwardArgs a;
         a.shape = c.shape;
         a.dtype = c.dtype;
         a.x = tensor(0);
         a.y = tensor(1);
         a.eps = 1e-5;
         a.saved = statistics.data();
-        a.epilogue = epilogue;
-        c.activated ? kernels->forward_activated(a, one_thread) : kernels->forward(a, one_thread);
+        if (c.activated) a.epilogue = epilogue;
+        kernels->forward(a, one_thread);
       }
     }
     return 0;

@@ -14,8 +14,8 @@
 #include <thread>
 #include <vector>
 
-#include "activation.h"
-#include "kernels.h"
+#include "core/activation.h"
+#include "core/kernels.h"
 
 namespace {
 
@@ -221,25 +221,22 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   forward.cumulative = c->cumulative;
   forward.momentum = 0.1, forward.eps = kEps, forward.saved = c->saved.data();
   kernels.forward(forward, parallel);
+  forward.training = false;
+  kernels.forward(forward, parallel);
+  forward.saved = nullptr;
+  kernels.forward(forward, parallel);
+  forward.training = c->training;
+  forward.saved = c->saved.data();
 
-  InferenceArgs inference{c->shape, c->type, c->x.ref, c->y.ref, c->weight.ref, c->bias.ref, c->mean.ref, c->var.ref};
-  inference.eps = kEps;
-  kernels.inference(inference, parallel);
-
-  BackwardArgs backward{c->shape, c->type, c->dy.ref, c->x.ref};
-  backward.eps = kEps;
-  backward.weight = c->weight.ref;
-  if (c->wants_input) backward.dx = c->dx.ref;
+  BackwardArgs backward{c->shape, c->type, c->dy.ref, c->x.ref, c->dx.ref, c->weight.ref};
+  if (!c->wants_input) backward.dx.data = nullptr;
   if (c->wants_weight) backward.grad_weight = c->grad_weight.ref;
   if (c->wants_bias) backward.grad_bias = c->grad_bias.ref;
-  DoubleBackwardArgs twice;
-  if (c->training) {
-    backward.saved = c->saved.data();
-  } else {
-    backward.running_mean = c->mean.ref, backward.running_var = c->var.ref;
-  }
+  backward.saved = c->saved.data();
+  backward.training = c->training;
   kernels.backward(backward, parallel);
 
+  DoubleBackwardArgs twice;
   static_cast<BackwardArgs&>(twice) = backward;
   twice.grad_bias = {};
   twice.gg_x = c->gg.ref;
@@ -250,20 +247,11 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   const bool masked = c->has_residual && by_sign(c->activation);
   std::memset(c->mask.data(), 0, c->mask.size());
   epilogue.mask = masked ? reinterpret_cast<uint8_t*>(c->mask.data()) : nullptr;
-  if (c->training) {
-    ActivatedForwardArgs args{forward, epilogue};
-    kernels.forward_activated(args, parallel);
-  } else {
-    ActivatedInferenceArgs args{inference, epilogue, c->saved.data()};
-    kernels.inference_activated(args, parallel);
-  }
-  ActivatedBackwardArgs args{backward, epilogue, c->training, {}};
-  args.saved = c->saved.data();
-  args.running_mean = args.running_var = {};
-  args.dx = c->dx.ref;
-  if (!c->wants_input) args.dx.data = nullptr;
-  if (c->has_residual) args.grad_residual = c->grad_residual.ref;
-  kernels.backward_activated(args, parallel);
+  forward.epilogue = backward.epilogue = epilogue;
+  kernels.forward(forward, parallel);
+  if (!epilogue.activates()) return;
+  if (c->has_residual) backward.grad_residual = c->grad_residual.ref;
+  kernels.backward(backward, parallel);
 }
 
 bool same(const Call& a, const Call& b) {

@@ -1,5 +1,5 @@
 // In the place of cpu/level_avx2.cpp and cpu/level_avx512.cpp where only the default level is built, which is quicker.
-#include "kernels.h"
+#include "core/kernels.h"
 
 namespace bn_ext {
 namespace cpu {

@@ -45,7 +45,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _headers() -> list[Path]:
-    folders = (HERE, HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda")  # csrc/cpu is of no concern here
+    folders = (HERE, HERE / "include", ROOT / "csrc" / "core", ROOT / "csrc" / "cuda")
     found = {p for folder in folders for p in folder.glob("*") if p.suffix in (".h", ".cuh", ".inc")}
     return sorted(found | set((HERE / "include").rglob("*.h")))
 

@@ -29,11 +29,15 @@ struct Call {
   double momentum, eps;
   void* saved;
   Tensor residual, grad_residual;
-  int64_t activation;  // bn_ext::Activation, or -1 for the plain operator
+  int64_t activation;  // bn_ext::Activation
   double negative_slope;
   uint8_t* mask;
-  int64_t training;  // of backward with an activation
+  int64_t training;
 };
+
+bn_ext::Epilogue epilogue_of(const Call& call) {
+  return {static_cast<bn_ext::Activation>(call.activation), call.negative_slope, call.residual.ref(), call.mask};
+}
 
 template <typename Args>
 Args common_args(const Call& call) {
@@ -42,45 +46,23 @@ Args common_args(const Call& call) {
   a.dtype = static_cast<bn_ext::DType>(call.dtype);
   a.x = call.x.ref();
   a.weight = call.weight.ref();
-  a.running_mean = call.running_mean.ref();
-  a.running_var = call.running_var.ref();
-  a.eps = call.eps;
-  return a;
-}
-
-// What forward and inference have in common.
-template <typename Args>
-Args normalise_args(const Call& call) {
-  Args a = common_args<Args>(call);
-  a.y = call.y.ref();
-  a.bias = call.bias.ref();
+  a.saved = call.saved;
+  a.training = call.training != 0;
+  a.epilogue = epilogue_of(call);
   return a;
 }
 
 bn_ext::ForwardArgs forward_args(const Call& call) {
-  auto a = normalise_args<bn_ext::ForwardArgs>(call);
+  auto a = common_args<bn_ext::ForwardArgs>(call);
+  a.y = call.y.ref();
+  a.bias = call.bias.ref();
+  a.running_mean = call.running_mean.ref();
+  a.running_var = call.running_var.ref();
+  a.eps = call.eps;
   a.num_batches_tracked = call.num_batches_tracked;
   a.cumulative = call.cumulative != 0;
   a.momentum = call.momentum;
-  a.saved = call.saved;
   return a;
-}
-
-bn_ext::InferenceArgs inference_args(const Call& call) { return normalise_args<bn_ext::InferenceArgs>(call); }
-
-bn_ext::Epilogue epilogue_of(const Call& call) {
-  return {static_cast<bn_ext::Activation>(call.activation), call.negative_slope, call.residual.ref(), call.mask};
-}
-
-bn_ext::ActivatedInferenceArgs activated_args(const Call& call) {
-  auto a = normalise_args<bn_ext::ActivatedInferenceArgs>(call);
-  a.epilogue = epilogue_of(call);
-  a.saved = call.saved;
-  return a;
-}
-
-bn_ext::ActivatedForwardArgs activated_forward_args(const Call& call) {
-  return {forward_args(call), epilogue_of(call)};
 }
 
 template <typename Args = bn_ext::BackwardArgs>
@@ -90,12 +72,8 @@ Args backward_args(const Call& call) {
   a.dx = call.dx.ref();
   a.grad_weight = call.grad_weight.ref();
   a.grad_bias = call.grad_bias.ref();
-  a.saved = call.saved;
+  a.grad_residual = call.grad_residual.ref();
   return a;
-}
-
-bn_ext::ActivatedBackwardArgs activated_backward_args(const Call& call) {
-  return {backward_args(call), epilogue_of(call), call.training != 0, call.grad_residual.ref()};
 }
 
 bn_ext::DoubleBackwardArgs double_backward_args(const Call& call) {
@@ -107,26 +85,20 @@ bn_ext::DoubleBackwardArgs double_backward_args(const Call& call) {
   return a;
 }
 
-// Backward's pass follows from `saved`: absent in evaluation.
 cudaError_t make_plan(int64_t pass, const Call& call, bn_ext::Plan* plan) {
   bn_ext::Device device;
   const cudaError_t error = bn_ext::cuda::query_device(0, &device);
   if (error != cudaSuccess) return error;
   switch (static_cast<bn_ext::Pass>(pass)) {
     case bn_ext::Pass::kForward:
-      *plan = call.activation < 0 ? plan_forward(forward_args(call), device)
-                                  : plan_activated_forward(activated_forward_args(call), device);
-      break;
     case bn_ext::Pass::kInference:
-      *plan = call.activation < 0 ? plan_inference(inference_args(call), device)
-                                  : plan_activated_inference(activated_args(call), device);
+      *plan = plan_forward(forward_args(call), device);
       break;
     case bn_ext::Pass::kDoubleBackward:
       *plan = plan_double_backward(double_backward_args(call), device);
       break;
     default:
-      *plan = call.activation < 0 ? plan_backward(backward_args(call), device)
-                                  : plan_activated_backward(activated_backward_args(call), device);
+      *plan = plan_backward(backward_args(call), device);
   }
   return cudaSuccess;
 }
@@ -169,26 +141,14 @@ ENTRY int drive_forward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kForward), *call, &plan);
   if (error != cudaSuccess) return error;
-  return call->activation < 0
-             ? bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr)
-             : bn_ext::cuda::forward_activated(activated_forward_args(*call), plan, workspace, nullptr);
-}
-
-ENTRY int drive_inference(const Call* call, void*) {
-  bn_ext::Plan plan;
-  const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kInference), *call, &plan);
-  if (error != cudaSuccess) return error;
-  return call->activation < 0 ? bn_ext::cuda::inference(inference_args(*call), plan, nullptr)
-                              : bn_ext::cuda::inference_activated(activated_args(*call), plan, nullptr);
+  return bn_ext::cuda::forward(forward_args(*call), plan, workspace, nullptr);
 }
 
 ENTRY int drive_backward(const Call* call, void* workspace) {
   bn_ext::Plan plan;
   const cudaError_t error = make_plan(static_cast<int64_t>(bn_ext::Pass::kBackward), *call, &plan);
   if (error != cudaSuccess) return error;
-  return call->activation < 0
-             ? bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr)
-             : bn_ext::cuda::backward_activated(activated_backward_args(*call), plan, workspace, nullptr);
+  return bn_ext::cuda::backward(backward_args(*call), plan, workspace, nullptr);
 }
 
 ENTRY int drive_double_backward(const Call* call, void* workspace) {

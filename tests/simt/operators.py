@@ -17,7 +17,7 @@ from torch import Tensor
 from .bridge import CACHE, HERE, ROOT, Library, Session, build, cache
 
 CUDA = ROOT / "csrc" / "cuda"
-HOST = (ROOT / "csrc" / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
+HOST = (CUDA / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # numbered as bn_ext::DType
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")  # numbered as bn_ext::Activation
 EXCHANGES = ("none", "cluster", "grid", "two_launches")  # numbered as bn_ext::Exchange
@@ -153,7 +153,7 @@ class Inputs:
     gg_input: Tensor | None = None
     gg_weight: Tensor | None = None
     gg_bias: Tensor | None = None
-    activation: str | None = None  # of ACTIVATIONS; None: the plain operator
+    activation: str | None = None  # of ACTIVATIONS; None: the identity, and evaluation leaves nothing for a backward
     residual: Tensor | None = None
     negative_slope: float = 0.0
     # Of the passes with an activation. Forward: leave a mask. Evaluation: write into x. Backward: of training or of
@@ -166,7 +166,7 @@ class Inputs:
 
     @property
     def mask_bytes(self) -> int:
-        """One for 16 bytes of the output, and 16 beyond (csrc/activation.h)."""
+        """One for 16 bytes of the output, and 16 beyond (csrc/core/activation.h)."""
         return -(-self.x.nbytes // 16) + 16
 
     @property
@@ -255,7 +255,8 @@ def plan_of(
         call.set_tensor(name, t, ((1 + k) << 44) + scalar * dtype.itemsize)
     for k, name in enumerate((*_VECTORS[:4], *pass_.vectors(wants))):
         call.set_vector(name, vector, (8 + k) << 44)
-    call.saved = 1 << 50 if pass_.training else None
+    call.saved = None if pass_ == Pass.INFERENCE else 1 << 50
+    call.training = pass_.training
     lib = library() if of is None else of
     with lib.session(device, **model):
         return _ask(lib, pass_, call)
@@ -265,8 +266,19 @@ def _new_call(x: Tensor) -> Call:
     call = Call()
     call.shape[:] = (*x.shape, 1)[:3]
     call.dtype = DTYPES.index(x.dtype)
-    call.activation = -1
     return call
+
+
+def saved_rows(high: Tensor, low: Tensor, invstd: Tensor) -> Tensor:
+    """(6, C) for a backward without an activation, which reads the mean and invstd alone (csrc/core/kernels.h)."""
+    return torch.stack([high, low, invstd, *[torch.full_like(high, torch.nan)] * 3])
+
+
+def saved_by_evaluation(inputs: Inputs) -> Tensor:
+    assert inputs.running_mean is not None and inputs.running_var is not None
+    mean, variance, dtype = inputs.running_mean.double(), inputs.running_var.double(), inputs.statistics_dtype
+    high = mean.to(dtype)
+    return saved_rows(high, (mean - high.double()).to(dtype), (variance + inputs.eps).rsqrt().to(dtype))
 
 
 # ---- runs ----
@@ -317,8 +329,8 @@ def run(
 ) -> Result:
     """One call on a modelled device (a preset's name, and figures such as sms=4).
 
-    saved: (3, C) for backward. workspace_byte: what the workspace is filled with instead of NaN. align: of the
-    tensors. of: another build than `library()`.
+    saved: (6, C) for backward of training. workspace_byte: what the workspace is filled with instead of NaN. align: of
+    the tensors. of: another build than `library()`.
     Raises LaunchError with the stand-in runtime's report, AssertionError where an input was written to.
     """
     lib = library() if of is None else of
@@ -340,9 +352,11 @@ def run(
                 call.set_vector(name, t, t.data_ptr())
 
         tensor("x", placed.put("x", inputs.x, constant=not inputs.in_place))
+        call.training = pass_.training
         if fused is not None:
             call.activation, call.negative_slope = ACTIVATIONS.index(fused), inputs.negative_slope
-            call.training = inputs.training
+            if pass_.backward:
+                call.training = inputs.training
             if inputs.mask is not None:
                 call.mask = placed.put("mask", inputs.mask, constant=True).data_ptr()
             if inputs.leaves_mask:
@@ -356,7 +370,7 @@ def run(
             tensor("residual", placed.put("residual", inputs.residual, constant=True))
         for name in _VECTORS[:4]:
             value, constant = getattr(inputs, name), pass_ != Pass.FORWARD or name in ("weight", "bias")
-            if value is not None and not (pass_.backward and pass_.training and name.startswith("running")):
+            if value is not None and not (pass_.backward and name != "weight"):
                 vector(name, placed.put(name, value, constant=constant))
         if pass_.backward:
             assert inputs.grad_output is not None
@@ -375,11 +389,12 @@ def run(
                     vector(name, s.empty(name, (inputs.x.shape[1],), **options))
         else:
             tensor("y", held["x"] if inputs.in_place else placed.like("y", inputs.x))
-        if pass_.backward and pass_.training:
-            assert saved is not None
+        if pass_.backward:
+            if saved is None:
+                saved = saved_by_evaluation(inputs)
             held["saved"] = placed.put("saved", saved, constant=True)
         elif pass_ == Pass.FORWARD or (pass_ == Pass.INFERENCE and fused is not None):
-            held["saved"] = s.empty("saved", (3 if fused is None else 6, inputs.x.shape[1]), inputs.statistics_dtype)
+            held["saved"] = s.empty("saved", (6, inputs.x.shape[1]), inputs.statistics_dtype)
         if "saved" in held:
             call.saved = held["saved"].data_ptr()
         if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
@@ -392,7 +407,7 @@ def run(
             workspace = s.empty("workspace", (plan["workspace_bytes"],), torch.uint8)
             if workspace_byte is not None:
                 workspace.fill_(workspace_byte)
-        launchers = ("drive_forward", "drive_inference", *("drive_backward",) * 2, "drive_double_backward")
+        launchers = (*("drive_forward",) * 2, *("drive_backward",) * 2, "drive_double_backward")
         launcher = launchers[pass_]
         result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
         placed.check_constant()

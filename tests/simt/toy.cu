@@ -1,9 +1,9 @@
 // Toy kernels that show the conventions (README.md) and that test_simt_runtime.py and test_cuda_compile.py run.
 #include <cooperative_groups.h>
 
+#include "core/welford.h"
 #include "cuda/memory.cuh"
 #include "toy.h"
-#include "welford.h"
 
 namespace toy {
 namespace {

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "architectures.h"
-#include "plan.h"
+#include "cuda/architectures.h"
+#include "cuda/plan.h"
 
 #ifdef WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -96,10 +96,10 @@ Plan make_plan(const std::string& pass, DType dtype, const std::array<int64_t, 3
     return given ? VectorRef{address(++place), accumulate_type(dtype), 1} : VectorRef{};
   };
   if (!backward) {
-    const VectorRef weight = vector(true), bias = vector(true), mean = vector(true), var = vector(true);
-    if (!training) return plan_inference({shape, dtype, tensor(0), tensor(1), weight, bias, mean, var}, device);
-    bn_ext::ForwardArgs args{shape, dtype, tensor(0), tensor(1), weight, bias, mean, var};
-    args.saved = address(++place);
+    bn_ext::ForwardArgs args{shape, dtype, tensor(0), tensor(1)};
+    for (VectorRef* v : {&args.weight, &args.bias, &args.running_mean, &args.running_var}) *v = vector(true);
+    args.training = training;
+    args.saved = training ? address(++place) : nullptr;
     return plan_forward(args, device);
   }
   bn_ext::BackwardArgs args{shape, dtype, tensor(0), tensor(1)};
@@ -107,12 +107,8 @@ Plan make_plan(const std::string& pass, DType dtype, const std::array<int64_t, 3
   args.weight = vector(true);
   args.grad_weight = vector(gradients[1]);
   args.grad_bias = vector(gradients[2]);
-  if (training) {
-    args.saved = address(++place);
-  } else {
-    args.running_mean = vector(true);
-    args.running_var = vector(true);
-  }
+  args.saved = address(++place);
+  args.training = training;
   return plan_backward(args, device);
 }
 
@@ -184,7 +180,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "10 * major + minor.",
         py::arg("codes"), py::arg("capability"));
   m.def("launch_plan", &launch_plan,
-        "How a call would be launched on a device with these figures, without making it: the fields of csrc/plan.h's "
+        "How a call would be launched on a device with these figures, without making it: the fields of "
+        "csrc/cuda/plan.h's "
         "Plan. pass is forward, inference, backward or inference_backward; shape is (n, c, l); operands are (offset, "
         "stride n, c, l) in elements of input, output or grad_output, input, grad_input; gradients is the output "
         "mask. Raises ValueError.",

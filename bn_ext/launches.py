@@ -1,9 +1,9 @@
-"""`python -m bn_ext.model`: what a CUDA launch would be and move, computed from shape and device. No GPU is needed.
+"""`python -m bn_ext.launches`: what a CUDA launch would be and move, computed from shape and device. No GPU is needed.
 
-    python -m bn_ext.model --shape 65536 256 --dtype float32 --device H200
-    python -m bn_ext.model --shape 64 128 1024 --layout nlc --pass backward --device cuda:0 --bandwidth 4300
+    python -m bn_ext.launches --shape 65536 256 --dtype float32 --device H200
+    python -m bn_ext.launches --shape 64 128 1024 --layout nlc --pass backward --device cuda:0 --bandwidth 4300
 
-It is the very plan that the operators launch by (csrc/plan.h). Bytes are the tensors' alone: per-channel vectors and
+It is the very plan that the operators launch by (csrc/cuda/plan.h). Bytes are of tensors alone: per-channel vectors and
 partial results are left out, the latter are the workspace. The time is these bytes over a bandwidth, and no more.
 """
 
@@ -115,7 +115,7 @@ def plan_of(
     """Return the plan of one pass over `input`, (N, C) or (N, C, L) of any strides; a meta tensor will do.
 
     `grad_output` has the shape of `input` and its layout unless given. `gradients` says which of grad_input,
-    grad_weight and grad_bias are wanted. The keys are the fields of Plan in csrc/plan.h; bytes are of tensors.
+    grad_weight and grad_bias are wanted. The keys are the fields of Plan in csrc/cuda/plan.h; bytes are of tensors.
     Raises ValueError for a pass, dtype or size that there is no plan for.
     """
     output = operand(torch.empty_like(input, device="meta"))
@@ -189,7 +189,7 @@ def table(columns: dict[str, dict[str, str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return 0, or 2 with one line on stderr where there is nothing to print."""
     parser = argparse.ArgumentParser(
-        prog="python -m bn_ext.model", description="A model of a launch, not a measurement."
+        prog="python -m bn_ext.launches", description="A model of a launch, not a measurement."
     )
     parser.add_argument("--shape", type=int, nargs="+", required=True, metavar="SIZE", help="N C, or N C L")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

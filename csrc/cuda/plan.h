@@ -1,6 +1,6 @@
 // How a CUDA launch covers a tensor: which threads see which elements, how many blocks share a channel, how these meet,
 // and how much stays on chip. A pure function of the arguments and the device, so it is the same on every run, is
-// tested without a GPU, and tells the traffic of a launch before it is made (`python -m bn_ext.model`).
+// tested without a GPU, and tells the traffic of a launch before it is made (`python -m bn_ext.launches`).
 //
 // A tensor is rows x columns. A row is a position of the reduction, a column a position that a thread keeps: for
 // tensors whose channels lie side by side the columns run along the channels; for channel planes the rows run along a
@@ -10,8 +10,7 @@
 
 #include <cstdint>
 
-#include "activation.h"
-#include "kernels.h"
+#include "core/kernels.h"
 
 namespace bn_ext {
 
@@ -89,11 +88,7 @@ BN_HD int64_t scratch_partials(const Plan& p) {
 }
 
 Plan plan_forward(const ForwardArgs& args, const Device& device);
-Plan plan_inference(const InferenceArgs& args, const Device& device);
-Plan plan_activated_forward(const ActivatedForwardArgs& args, const Device& device);
-Plan plan_activated_inference(const ActivatedInferenceArgs& args, const Device& device);
 Plan plan_backward(const BackwardArgs& args, const Device& device);
-Plan plan_activated_backward(const ActivatedBackwardArgs& args, const Device& device);
 // Of training, with a gradient at grad_input.
 Plan plan_double_backward(const DoubleBackwardArgs& args, const Device& device);
 

@@ -30,8 +30,7 @@ void resolve_negated(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, Negative, m) {
-  for (const char* name :
-       {"batch_norm", "batch_norm_forward", "batch_norm_act", "batch_norm_act_forward", "batch_norm_act_inference_"}) {
+  for (const char* name : {"batch_norm", "batch_norm_forward", "batch_norm_inference_"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolve_negated>());
   }
 }

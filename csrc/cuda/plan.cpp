@@ -1,11 +1,11 @@
-#include "plan.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 
-#include "double_formulas.h"
-#include "layout.h"
+#include "core/double_formulas.h"
+#include "core/layout.h"
 
 namespace bn_ext {
 namespace {
@@ -283,49 +283,19 @@ Plan make_plan(const Request& r, const Device& d) {
 }  // namespace
 
 Plan plan_forward(const ForwardArgs& a, const Device& d) {
-  Request r{Pass::kForward, a.shape, a.dtype, {a.x, a.y}, 1, true, true, true};
-  return make_plan(r, d);
-}
-
-Plan plan_inference(const InferenceArgs& a, const Device& d) {
-  Request r{Pass::kInference, a.shape, a.dtype, {a.x, a.y}, 1, true, false, false};
-  return make_plan(r, d);
-}
-
-Plan plan_activated_forward(const ActivatedForwardArgs& a, const Device& d) {
-  Request r{Pass::kForward, a.shape, a.dtype, {a.x, a.y}, 1, true, true, true};
-  if (a.epilogue.residual) r.beside_once = a.shape.numel() * element_bytes(a.dtype);
+  Request r{Pass::kForward, a.shape, a.dtype, {a.x}, 1, true, a.training, a.training};
+  if (!a.training) r.pass = Pass::kInference;
   if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
-  return make_plan(r, d);
-}
-
-Plan plan_activated_inference(const ActivatedInferenceArgs& a, const Device& d) {
-  Request r{Pass::kInference, a.shape, a.dtype, {a.x}, 1, true, false, false};
-  if (a.epilogue.residual) r.operand[r.inputs++] = a.epilogue.residual;
+  if (a.epilogue.residual && a.training) r.beside_once = a.shape.numel() * element_bytes(a.dtype);
+  if (a.epilogue.residual && !a.training) r.operand[r.inputs++] = a.epilogue.residual;
   r.operand[r.inputs] = a.y;
-  if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
   return make_plan(r, d);
 }
 
-Plan plan_backward(const BackwardArgs& a, const Device& d) {
-  const bool training = a.saved != nullptr, sums = training || a.grad_weight || a.grad_bias, output = bool(a.dx);
-  Request r{training ? Pass::kBackward : Pass::kInferenceBackward,
-            a.shape,
-            a.dtype,
-            {},
-            sums ? 2 : 1,
-            output,
-            sums,
-            training && output};
-  r.operand[0] = a.dy;
-  if (sums) r.operand[1] = a.x;
-  if (output) r.operand[r.inputs] = a.dx;
-  return make_plan(r, d);
-}
-
-Plan plan_activated_backward(const ActivatedBackwardArgs& a, const Device& d) {
+// With an activation, the pass reads what tells its derivative and may write g beside dx.
+static Plan plan_activated_backward(const BackwardArgs& a, const Device& d) {
   const bool sums = a.sums(), output = a.dx || a.grad_residual;
-  const Source source = source_of(a);
+  const Source source = source_of(a.epilogue);
   Request r{
       sums ? Pass::kActivatedBackward : Pass::kInference, a.shape, a.dtype, {a.dy}, 1, output, sums, sums && output};
   if (sums || source != Source::kMask) r.operand[r.inputs++] = a.x;
@@ -333,6 +303,22 @@ Plan plan_activated_backward(const ActivatedBackwardArgs& a, const Device& d) {
   r.operand[r.inputs] = a.grad_residual ? a.grad_residual : a.dx;
   if (a.grad_residual && a.dx) r.second = a.dx;
   if (a.epilogue.mask) r.places = true, r.beside = bytes_of_mask(a.shape, a.dtype);
+  return make_plan(r, d);
+}
+
+Plan plan_backward(const BackwardArgs& a, const Device& d) {
+  if (a.epilogue.activates()) return plan_activated_backward(a, d);
+  const bool sums = a.training || a.sums(), output = bool(a.dx);
+  Request r{a.training ? Pass::kBackward : Pass::kInferenceBackward,
+            a.shape,
+            a.dtype,
+            {a.dy},
+            sums ? 2 : 1,
+            output,
+            sums,
+            a.training && output};
+  if (sums) r.operand[1] = a.x;
+  if (output) r.operand[r.inputs] = a.dx;
   return make_plan(r, d);
 }
 

@@ -1,4 +1,4 @@
-"""`python -m bn_ext.model` and the plans behind it: what is promised of every launch, on every GPU that is known."""
+"""`python -m bn_ext.launches` and the plans behind it: what is promised of every launch, on every GPU that is known."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 import pytest
 import torch
 
-from bn_ext import _C, model
+from bn_ext import _C, launches
 from support import LAYOUTS, normal
 
-ALL = list(model.PRESETS.values())
-H200, T4 = model.PRESETS["H200"], model.PRESETS["T4"]
+ALL = list(launches.PRESETS.values())
+H200, T4 = launches.PRESETS["H200"], launches.PRESETS["T4"]
 SHAPES = [
     *((2, 1), (32, 64), (128, 256), (1024, 1000), (65536, 3), (70001, 5), (262144, 1024), (8, 65536), (2, 1 << 20)),
     *((32, 64, 128), (64, 128, 1024), (1024, 1, 4096), (4, 3, 1000003), (2000000, 1, 3), (136000, 16, 16)),
 ]
 
 
-def plans(on: model.Device, shape: tuple[int, ...], dtype: str, layout: str) -> dict[str, dict[str, Any]]:
-    like = model.made(shape, dtype, layout)
-    return {name: model.plan_of(name, on, like) for name in model.PASSES}
+def plans(on: launches.Device, shape: tuple[int, ...], dtype: str, layout: str) -> dict[str, dict[str, Any]]:
+    like = launches.made(shape, dtype, layout)
+    return {name: launches.plan_of(name, on, like) for name in launches.PASSES}
 
 
 @pytest.mark.parametrize("on", ALL, ids=lambda d: d.name)
-@pytest.mark.parametrize("layout", model.LAYOUTS)
-@pytest.mark.parametrize("dtype", model.DTYPES)
-def test_every_plan_keeps_its_promises(on: model.Device, layout: str, dtype: str) -> None:
+@pytest.mark.parametrize("layout", launches.LAYOUTS)
+@pytest.mark.parametrize("dtype", launches.DTYPES)
+def test_every_plan_keeps_its_promises(on: launches.Device, layout: str, dtype: str) -> None:
     for shape in SHAPES:
         if layout == "nlc" and len(shape) == 2:
             continue
-        tensor = model.made(shape, dtype).nbytes
+        tensor = launches.made(shape, dtype).nbytes
         for name, plan in plans(on, shape, dtype, layout).items():
             where = f"{shape} {name}: {plan}"
             inputs = 2 if "backward" in name else 1
@@ -66,24 +66,24 @@ def test_small_tensors_take_one_launch_and_are_read_once() -> None:
 def test_what_fits_on_chip_is_read_once() -> None:
     """16.8 MB lie in the shared memory of an H200's SMs (30 MB) and not in that of a T4's (2.6 MB)."""
     for shape in ((4096, 1024), (65536, 64)):
-        like = model.made(shape, "float32")
-        assert model.plan_of("forward", H200, like)["read_bytes"] == like.nbytes
-        assert model.plan_of("forward", T4, like)["read_bytes"] > 1.5 * like.nbytes
+        like = launches.made(shape, "float32")
+        assert launches.plan_of("forward", H200, like)["read_bytes"] == like.nbytes
+        assert launches.plan_of("forward", T4, like)["read_bytes"] > 1.5 * like.nbytes
 
 
 def test_without_cooperative_launches_there_are_two() -> None:
-    like = model.made((262144, 64), "float32")
-    alone = model.Device("old", T4.capability, T4.sms, T4.shared_per_sm, T4.shared_per_block, cooperative=False)
-    assert model.plan_of("forward", T4, like)["exchange"] == "grid"
+    like = launches.made((262144, 64), "float32")
+    alone = launches.Device("old", T4.capability, T4.sms, T4.shared_per_sm, T4.shared_per_block, cooperative=False)
+    assert launches.plan_of("forward", T4, like)["exchange"] == "grid"
     for name in ("forward", "backward"):
-        assert model.plan_of(name, alone, like)["launches"] == 2
+        assert launches.plan_of(name, alone, like)["launches"] == 2
 
 
 def test_gradients_that_are_not_wanted_move_nothing() -> None:
-    like = model.made((65536, 256), "float32")
-    sums = model.plan_of("backward", H200, like, gradients=(False, True, True))
+    like = launches.made((65536, 256), "float32")
+    sums = launches.plan_of("backward", H200, like, gradients=(False, True, True))
     assert sums["write_bytes"] == 0 and sums["read_bytes"] == 2 * like.nbytes
-    only_input = model.plan_of("inference_backward", H200, like, gradients=(True, False, False))
+    only_input = launches.plan_of("inference_backward", H200, like, gradients=(True, False, False))
     assert only_input["read_bytes"] == only_input["write_bytes"] == like.nbytes
 
 
@@ -91,8 +91,8 @@ def test_gradients_that_are_not_wanted_move_nothing() -> None:
 def test_plans_of_any_strides(layout: str) -> None:
     """Strides of real tensors; an address that 16 bytes do not divide is walked element by element."""
     x = LAYOUTS[layout](normal((64, 32, 16)))
-    for name in model.PASSES:
-        plan = model.plan_of(name, H200, x, x)
+    for name in launches.PASSES:
+        plan = launches.plan_of(name, H200, x, x)
         assert plan["write_bytes"] == 64 * 32 * 16 * 4
         if "misaligned" in layout:
             assert plan["vector"] == 1, plan
@@ -120,10 +120,10 @@ def rows(text: str) -> dict[str, str]:
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shape", "64", "128", "1024", "--layout", "nlc", "--dtype", "bfloat16", "--device", "rtx 4090"]
-    assert model.main([*arguments, "--pass", "backward", "--bandwidth", "500"]) == 0
+    assert launches.main([*arguments, "--pass", "backward", "--bandwidth", "500"]) == 0
     text = capsys.readouterr().out
-    like = model.made((64, 128, 1024), "bfloat16", "nlc")
-    plan = model.plan_of("backward", model.device("RTX 4090"), like)
+    like = launches.made((64, 128, 1024), "bfloat16", "nlc")
+    plan = launches.plan_of("backward", launches.device("RTX 4090"), like)
     assert "RTX 4090: 128 SMs, capability 8.9, 500 GB/s (--bandwidth)" in text
     assert "64x128x1024 bfloat16 as nlc, 16.8 MB a tensor. A model, not a measurement." in text
     found = rows(text)
@@ -135,16 +135,16 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command() -> None:
-    command = [sys.executable, "-m", "bn_ext.model", "--shape", "32", "64"]
+    command = [sys.executable, "-m", "bn_ext.launches", "--shape", "32", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "H200" in done.stdout and "4800 GB/s (the data sheet)" in done.stdout
-    assert all(name in done.stdout for name in model.PASSES)
+    assert all(name in done.stdout for name in launches.PASSES)
     assert rows(done.stdout)["launches"].split() == ["1"] * 4
 
 
 def test_sizes_as_text() -> None:
     texts = {0: "0 B", 999: "999 B", 1000: "1 kB", 999_600: "1 MB", 16_777_216: "16.8 MB", 2.5e12: "2500 GB"}
-    assert {value: model.size(value) for value in texts} == texts
+    assert {value: launches.size(value) for value in texts} == texts
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_sizes_as_text() -> None:
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert model.main(list(arguments)) == 2
+    assert launches.main(list(arguments)) == 2
     shown = capsys.readouterr()
     assert not shown.out and re.search(said, shown.err) and shown.err.count("\n") == 1
 
@@ -182,7 +182,7 @@ def test_the_library_refuses_what_has_no_plan() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_gpu_that_is_there() -> None:
-    on = model.device("cuda:0")
+    on = launches.device("cuda:0")
     seen = torch.cuda.get_device_properties(0)
     assert (on.capability, on.sms) == (10 * seen.major + seen.minor, seen.multi_processor_count)
     assert on.shared_per_block == seen.shared_memory_per_block_optin

@@ -1,36 +1,16 @@
-// What the autograd nodes share.
+// What the differentiable operator asks of its arguments before anything has changed.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
-#include "glue.h"
+#include "gradients.h"
 
 namespace bn_ext {
 
-// Through the dispatcher, so that every device and every mode that listens to operators is reached.
-template <class Schema>
-c10::TypedOperatorHandle<Schema> handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
-
-inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-inline bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
-inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-// The type of bias among the bits that a node keeps of the gradients that are wanted.
-constexpr int kTypeShift = 8;
-inline int64_t type_bits(const OptionalTensor& bias) {
-  return has(bias) ? (static_cast<int64_t>(bias->scalar_type()) + 1) << kTypeShift : 0;
-}
-inline OptionalType type_of(int64_t bits) {
-  return bits >> kTypeShift ? OptionalType(static_cast<at::ScalarType>((bits >> kTypeShift) - 1)) : std::nullopt;
-}
-
 // What autograd's own save_for_backward refuses, said before the statistics have moved.
-inline void check_can_be_saved(const Tensor& t) {
-  TORCH_CHECK(!t.defined() || !t.is_inference(),
+inline void check_can_be_saved(const OptionalTensor& t) {
+  TORCH_CHECK(!has(t) || !t->is_inference(),
               "Inference tensors cannot be saved for backward. Please do not use Tensors created in inference mode in "
               "computation tracked by autograd. To work around this, you can make a clone to get a normal tensor and "
               "use it in autograd, or use `torch.no_grad()` instead of `torch.inference_mode()`.");

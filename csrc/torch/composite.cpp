@@ -12,34 +12,29 @@
 namespace bn_ext {
 namespace {
 
-bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-
-// The channels of an input as its gradients need them, in the type of its statistics. Without running statistics those
-// of the input normalise it, computed anew so that the graph reaches the input.
+// The channels of an input as its gradients need them, in the type of its statistics.
 struct Channels {
   at::ScalarType dtype;
   std::vector<int64_t> dims{0}, column{1, -1};
   bool batch;
   Tensor invstd, normalised, scale;
 
-  Channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& running_mean,
-           const OptionalTensor& running_var, double eps)
-      : batch(!has(running_mean)) {
+  Channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& saved, bool training, double eps)
+      : batch(training) {
     check_defined(input, "input");
     TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3, "expected 2D or 3D input (got ", input.dim(), "D input)");
-    TORCH_CHECK(batch || has(running_var), "running_var must be defined where running_mean is");
     check_plane(input, input, "input");
     check_vector(weight, input, "weight");
-    check_vector(running_mean, input, "running_mean");
-    check_vector(running_var, input, "running_var");
+    if (!batch || has(saved)) check_saved(saved.value_or(Tensor()), input);
     dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (input.dim() == 3) {
       dims.push_back(2);
       column.push_back(1);
     }
-    const Tensor x = wide(input), centred = x - (batch ? mean(x) : vector(*running_mean));
-    const Tensor variance = batch ? mean(centred.square()) : vector(*running_var);
-    invstd = at::rsqrt(variance + eps);
+    const auto row = [&](SavedRow which) { return vector(saved->select(0, which)); };
+    const Tensor x = wide(input);
+    const Tensor centred = batch ? x - mean(x) : (x - row(kSavedMeanHi)) - row(kSavedMeanLo);
+    invstd = batch ? at::rsqrt(mean(centred.square()) + eps) : row(kSavedInvstd);
     normalised = centred * invstd;
     scale = has(weight) ? invstd * vector(*weight) : invstd;
   }
@@ -56,11 +51,19 @@ void add(Tensor* sum, const Tensor& term) {
 
 }  // namespace
 
+Tensor composite_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& saved, bool training, double eps) {
+  const Channels c(input, weight, saved, training, eps);
+  check_vector(bias, input, "bias");
+  const Tensor y = has(weight) ? c.normalised * c.vector(*weight) : c.normalised;
+  return has(bias) ? y + c.vector(*bias) : y;
+}
+
 // formulas.h's formulas.
-Gradients composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                             const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                             std::array<bool, 3> output_mask, OptionalType bias_dtype) {
-  const Channels c(input, weight, running_mean, running_var, eps);
+ThreeTensors composite_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                const OptionalTensor& saved, bool training, double eps, std::array<bool, 3> output_mask,
+                                OptionalType bias_dtype) {
+  const Channels c(input, weight, saved, training, eps);
   check_defined(grad_output, "grad_output");
   check_plane(grad_output, input, "grad_output");
   if (bias_dtype.has_value()) dtype_of(*bias_dtype, "bias_dtype");
@@ -81,12 +84,11 @@ Gradients composite_backward(const Tensor& grad_output, const Tensor& input, con
 }
 
 // double_formulas.h's formulas.
-Gradients composite_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
-                                    const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
-                                    const Tensor& input, const OptionalTensor& weight,
-                                    const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                                    std::array<bool, 3> output_mask) {
-  const Channels c(input, weight, running_mean, running_var, eps);
+ThreeTensors composite_double_backward(const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+                                       const OptionalTensor& grad_grad_bias, const Tensor& grad_output,
+                                       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& saved,
+                                       bool training, double eps, std::array<bool, 3> output_mask) {
+  const Channels c(input, weight, saved, training, eps);
   check_defined(grad_output, "grad_output");
   check_plane(grad_output, input, "grad_output");
   check_plane(grad_grad_input, input, "grad_grad_input");

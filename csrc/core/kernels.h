@@ -1,0 +1,71 @@
+// The torch-free interface between tensors and kernels: what a pass is given. One family: a call without a residual
+// and an activation is plain batch norm.
+// Kernels trust what they are given; every check is made at the op's entry (torch/checks.h).
+#pragma once
+
+#include "activation.h"
+#include "tensors.h"
+
+namespace bn_ext {
+
+// Rows of `saved`, what forward leaves for backward: (kSavedRows, C) in accumulate_type(dtype). mean_hi + mean_lo is
+// the mean; the last three rows are formulas.h's Normalise (mean_hi, scale, shift), by which backward computes an
+// activation's argument anew.
+enum SavedRow : int { kSavedMeanHi, kSavedMeanLo, kSavedInvstd, kSavedNormalise, kSavedRows = kSavedNormalise + 3 };
+
+struct ForwardArgs {
+  Shape shape;
+  DType dtype;
+  TensorRef x, y;
+  VectorRef weight, bias, running_mean, running_var;
+  bool training = true;  // by the batch's statistics, which move the running ones; else by the running ones
+  double eps = 0;
+  double momentum = 0;
+  int64_t* num_batches_tracked = nullptr;
+  bool cumulative = false;  // momentum=None: 1 / num_batches_tracked after this batch
+  void* saved = nullptr;    // evaluation: nullptr where there will be no backward
+  Epilogue epilogue;
+};
+
+struct BackwardArgs {
+  Shape shape;
+  DType dtype;
+  TensorRef dy, x, dx;  // dx absent: only the reductions are wanted; its strides are the output's all the same
+  VectorRef weight, grad_weight, grad_bias;
+  const void* saved = nullptr;
+  bool training = true;
+  Epilogue epilogue;        // with an activation, or nothing
+  TensorRef grad_residual;  // laid as dx; with an activation only
+  // Whether sums over the channels are needed, for the parameters or for training's dx.
+  BN_HD bool sums() const { return grad_weight || grad_bias || (training && dx); }
+};
+
+// Derivatives of the gradients above, without an epilogue: dx and grad_weight are here what flows on to the input and
+// to the weight, and grad_bias is not used.
+struct DoubleBackwardArgs : BackwardArgs {
+  TensorRef gg_x;                // what arrives at backward's dx; absent: zero
+  TensorRef grad_dy;             // what flows on to dy; absent: not wanted
+  VectorRef gg_weight, gg_bias;  // what arrives at backward's grad_weight and grad_bias; absent: zero
+};
+
+// A parallel loop lent by the glue: body(context, begin, end) over [0, tasks), at least `grain` tasks a thread.
+struct Parallel {
+  int threads = 1;
+  void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) = nullptr;
+};
+
+namespace cpu {
+
+struct Kernels {
+  void (*forward)(const ForwardArgs&, const Parallel&);
+  void (*backward)(const BackwardArgs&, const Parallel&);
+  void (*double_backward)(const DoubleBackwardArgs&, const Parallel&);
+};
+
+// The same body compiled once per instruction-set level; a level that this build lacks is nullptr.
+const Kernels* kernels_default();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+}  // namespace cpu
+}  // namespace bn_ext

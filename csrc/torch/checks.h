@@ -1,0 +1,117 @@
+// Between tensors and the torch-free kernels: checks with native's error texts, allocation, raw views.
+// Every device's operators go through these (operators.h), so a check stands in one place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "core/kernels.h"
+
+namespace bn_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
+using Forwarded = std::tuple<Tensor, Tensor, Tensor>;          // output, saved, mask
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of input, weight, bias, residual
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;       // double backward: of grad_output, input, weight
+
+inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// A checked call: raw arguments, and the tensors that they write. `empty`: there is no element to work on.
+struct ForwardCall {
+  ForwardArgs args;
+  Tensor output, saved, mask;
+  Tensor residual;  // what args have of it
+  Tensor count;     // num_batches_tracked, where no kernel counts
+  bool empty = false;
+  // To be called once the kernel ran: an empty batch counts too, as in nn.BatchNorm1d.
+  void count_batch() const;
+  Forwarded results() const { return {output, saved, mask}; }
+};
+struct BackwardCall {
+  BackwardArgs args;
+  Tensor grad_output;  // keeps a converted gradient alive
+  Tensor grad_input, grad_weight, grad_bias, grad_residual;
+  bool empty = false;
+  Gradients gradients() const { return {grad_input, grad_weight, grad_bias, grad_residual}; }
+};
+struct DoubleBackwardCall {
+  DoubleBackwardArgs args;
+  Tensor grad_output, grad_grad_input;  // keep converted tensors alive
+  Tensor grad_grad_output, grad_input, grad_weight;
+  bool empty = false;
+  ThreeTensors gradients() const { return {grad_grad_output, grad_input, grad_weight}; }
+};
+// The gradients that arrive at backward's results; each may be absent, which is zero.
+struct Arriving {
+  OptionalTensor input, weight, bias;
+};
+// What follows the normalisation, as the operators are given it.
+struct After {
+  const OptionalTensor& residual;
+  std::string_view activation;
+  double negative_slope;
+};
+
+// Where a tensor's elements are. Raises for a storage that was freed, or shrunk below them.
+const void* data_of(const Tensor& t);
+void* mutable_data_of(const Tensor& t);
+
+// Raises a TypeError for an undefined tensor; None passes only where a schema allows it.
+void check_defined(const Tensor& t, const char* name);
+
+// What a composition asks of an argument that torch's own operations would broadcast, or read although it was freed:
+// the size of input, or one value a channel. None passes where it may be None.
+void check_plane(const OptionalTensor& t, const Tensor& input, const char* name);
+void check_vector(const OptionalTensor& t, const Tensor& input, const char* name);
+// Forward's saved values.
+void check_saved(const Tensor& saved, const Tensor& input);
+
+// A tensor's type for the kernels, else native's error; the options of its statistics; a raw view of a (N, C) or
+// (N, C, L) tensor.
+DType dtype_of(at::ScalarType type, const char* what);
+DType dtype_of(const Tensor& t, const char* what);
+at::TensorOptions statistics_options(const Tensor& input);
+TensorRef input_ref(const Tensor& t);
+TensorRef output_ref(const Tensor& t);
+
+// Elements of input's dtype that a byte of a mask holds on its device.
+int64_t mask_elements(const Tensor& input);
+// "identity", "relu", "leaky_relu", "silu" or "gelu"; anything else is a ValueError.
+Activation activation_of(std::string_view name);
+
+ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                             const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                             const After& after);
+
+// saves: for a backward. output is written where given, else a new tensor.
+ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                               const Tensor& mean, const Tensor& var, double eps, const After& after, bool saves,
+                               const OptionalTensor& output = {});
+
+// bias_dtype: of the bias whose gradient is wanted; none: weight's, or that of the statistics.
+BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                              const Tensor& saved, bool training, std::array<bool, 4> output_mask,
+                              OptionalType bias_dtype, const OptionalTensor& mask, const After& after);
+
+DoubleBackwardCall prepare_double_backward(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
+                                           const OptionalTensor& weight, const Tensor& saved, bool training,
+                                           std::array<bool, 3> output_mask);
+
+// residual itself where it lies in memory as output does, aligned for vectors, else a copy that does.
+Tensor laid_as(const Tensor& residual, const Tensor& output);
+
+// What an operator that writes into its input should give to the kernels as output: the input where it is dense and
+// nothing else that they read lies in its memory, element on element apart, else a new tensor, to be copied. Raises for
+// an input whose elements share memory with each other or with parts of residual, as torch's operators in place do.
+Tensor output_in_place(const Tensor& input, const OptionalTensor& residual,
+                       std::initializer_list<const OptionalTensor*> vectors);
+
+}  // namespace bn_ext

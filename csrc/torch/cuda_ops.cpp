@@ -1,0 +1,126 @@
+// CUDA kernels of the operators: device, stream, workspace, launch errors.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "composite.h"
+#include "cuda/architectures.h"
+#include "cuda/launch.h"
+#include "operators.h"
+
+namespace bn_ext {
+namespace cuda {
+namespace {
+
+// Figures of a device, asked for once.
+Device device_figures(c10::DeviceIndex index) {
+  static std::mutex mutex;
+  static std::vector<Device> known(static_cast<size_t>(c10::cuda::device_count()), Device{0});
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& device = known.at(static_cast<size_t>(index));
+  if (device.capability == 0) C10_CUDA_CHECK(query_device(index, &device));
+  TORCH_CHECK_NOT_IMPLEMENTED(runs_on(built_codes(), device.capability), "bn_ext was built for ", built_codes(),
+                              ", which does not run on a GPU of compute capability ", device.capability / 10, ".",
+                              device.capability % 10);
+  return device;
+}
+
+// Plans and launches on the current stream of the current device. The workspace goes back to the caching allocator at
+// once: what is allocated there next is ordered behind this launch by the stream.
+template <class Args, class PlanFor, class Launch>
+void plan_and_launch(const Tensor& input, const Args& args, const PlanFor& plan_for, const Launch& launch) {
+  Device device = device_figures(input.get_device());
+  const auto attempt = [&] {
+    const Plan plan = plan_for(args, device);
+    Tensor workspace;
+    void* memory = nullptr;
+    if (plan.workspace_bytes > 0) {
+      workspace = at::empty({plan.workspace_bytes}, input.options().dtype(at::kByte));
+      memory = workspace.mutable_data_ptr();
+    }
+    return launch(args, plan, memory, c10::cuda::getCurrentCUDAStream(input.get_device()));
+  };
+  cudaError_t error = attempt();
+  if (error == cudaErrorCooperativeLaunchTooLarge && device.cooperative) {
+    // Something (MPS, a debugger) keeps part of the device from us: the blocks cannot all wait for each other.
+    (void)cudaGetLastError();
+    device.cooperative = false;
+    error = attempt();
+  }
+  C10_CUDA_CHECK(error);
+}
+
+// In training without a gradient at grad_input, what flows on to the input is a backward with grad_grad_weight in the
+// place of the weight; what flows on to grad_output is made of torch's operations.
+void from_parameters(const Tensor& input, const Tensor& saved, const Arriving& arriving,
+                     const DoubleBackwardCall& call) {
+  if (call.args.grad_weight) Tensor(call.grad_weight).zero_();
+  if (call.args.dx) {
+    BackwardArgs a = call.args;
+    a.weight = call.args.gg_weight;
+    a.grad_weight = {};
+    if (a.weight) {
+      plan_and_launch(input, a, plan_backward, backward);
+    } else {
+      Tensor(call.grad_input).zero_();
+    }
+  }
+  if (call.args.grad_dy) {
+    std::vector<int64_t> column{1, -1};
+    if (input.dim() == 3) column.push_back(1);
+    const auto wide = [&](const Tensor& t) { return t.to(saved.scalar_type()).view(column); };
+    Tensor sum = at::zeros_like(saved[kSavedMeanHi]).view(column);
+    if (has(arriving.weight)) {
+      const Tensor centred = (input - wide(saved[kSavedMeanHi])) - wide(saved[kSavedMeanLo]);
+      sum = centred * (wide(saved[kSavedInvstd]) * wide(*arriving.weight));
+    }
+    if (has(arriving.bias)) sum = sum + wide(*arriving.bias);
+    Tensor(call.grad_grad_output).copy_(sum.expand_as(input));
+  }
+}
+
+// Without statistics of the batch nothing is left to fuse but two products: torch's operations.
+void from_fixed(const Tensor& input, const OptionalTensor& weight, const Tensor& saved, const Arriving& arriving,
+                const DoubleBackwardCall& call) {
+  const std::array<bool, 3> wanted{bool(call.args.grad_dy), bool(call.args.dx), bool(call.args.grad_weight)};
+  const auto [grad_dy, grad_x, grad_weight] = composite_double_backward(
+      arriving.input, arriving.weight, arriving.bias, call.grad_output, input, weight, saved, false, 0, wanted);
+  if (wanted[0]) Tensor(call.grad_grad_output).copy_(grad_dy);
+  if (wanted[1]) Tensor(call.grad_input).copy_(grad_x);
+  if (wanted[2]) Tensor(call.grad_weight).copy_(grad_weight);
+}
+
+struct Cuda {
+  struct Guard : c10::cuda::CUDAGuard {
+    explicit Guard(const Tensor& input) : CUDAGuard(input.device()) {}
+  };
+  static void forward(const Tensor& input, ForwardCall& call) {
+    if (call.args.training && call.residual.defined()) {
+      call.residual = laid_as(call.residual, call.output);
+      call.args.epilogue.residual = input_ref(call.residual);
+    }
+    plan_and_launch(input, call.args, plan_forward, cuda::forward);
+  }
+  static void backward(const Tensor& input, const BackwardCall& call) {
+    plan_and_launch(input, call.args, plan_backward, cuda::backward);
+  }
+  static void double_backward(const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
+                              const Arriving& arriving, const DoubleBackwardCall& call) {
+    if (!call.args.training) return from_fixed(input, weight, saved, arriving, call);
+    if (!call.args.gg_x) return from_parameters(input, saved, arriving, call);
+    plan_and_launch(input, call.args, plan_double_backward, cuda::double_backward);
+  }
+};
+
+TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) { Operators<Cuda>::add_to(m); }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bn_ext

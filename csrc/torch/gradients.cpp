@@ -1,0 +1,186 @@
+#include "gradients.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "activation_gradient.h"
+#include "composite.h"
+#include "operators.h"
+
+namespace bn_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const auto& backward_op() {
+  static const auto op = handle<schema::Backward>("bn_ext::batch_norm_backward");
+  return op;
+}
+const auto& double_backward_op() {
+  static const auto op = handle<schema::DoubleBackward>("bn_ext::batch_norm_double_backward");
+  return op;
+}
+
+std::array<bool, 4> mask_of(int64_t bits) { return {bool(bits & 1), bool(bits & 2), bool(bits & 4), bool(bits & 8)}; }
+std::array<bool, 3> mask_of_norm(int64_t bits) { return {bool(bits & 1), bool(bits & 2), bool(bits & 4)}; }
+OptionalType type_of(int64_t bits) {
+  return bits >> kTypeShift ? OptionalType(static_cast<at::ScalarType>((bits >> kTypeShift) - 1)) : std::nullopt;
+}
+
+// The wanted ones of `found`, in the places of `inputs` inputs.
+template <size_t kWanted, class Found>
+variable_list as_inputs(const Found& found, std::array<bool, kWanted> wanted, size_t inputs) {
+  variable_list list(inputs);
+  std::apply(
+      [&](const auto&... gradient) {
+        size_t i = 0;
+        ((wanted[i] ? void(list[i] = gradient) : void(), ++i), ...);
+      },
+      found);
+  return list;
+}
+
+// A transform of torch.func takes no node in C++, nor does forward mode, and torch's older vmap (is_grads_batched)
+// would run the kernels row by row, without a graph: there the gradients are made of differentiable operations.
+bool transformed() {
+  using c10::DispatchKey;
+  return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(DispatchKey::VmapMode);
+}
+bool needs_composite(std::initializer_list<const Tensor*> tensors) {
+  if (transformed()) return true;
+  for (const Tensor* t : tensors) {
+    if (t->defined() && t->_fw_grad(0).defined()) return true;
+  }
+  return false;
+}
+
+// The gradients of batch norm alone as a node, for second derivatives. Its outputs are the wanted gradients; third
+// derivatives are made of differentiable operations.
+struct FirstGradients : torch::autograd::Function<FirstGradients> {
+  static constexpr bool is_traceable = true;
+  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& input,
+                               const OptionalTensor& weight, const Tensor& saved, bool training, double eps,
+                               int64_t bits) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto wanted = mask_of_norm(bits);
+    const auto gradients =
+        as_inputs(backward_op().call(dy, input, weight, saved, training, {wanted[0], wanted[1], wanted[2], false},
+                                     type_of(bits), {}, {}, "identity", 0),
+                  std::array<bool, 4>{true, true, true, true}, 4);
+    ctx->save_for_backward({dy, input, weight.value_or(Tensor()), saved});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["mask"] = bits;
+    variable_list outputs;
+    for (size_t i = 0; i < 3; ++i) {
+      if (wanted[i]) outputs.push_back(gradients[i]);
+    }
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& arriving) {
+    const auto given = mask_of_norm(ctx->saved_data["mask"].toInt());
+    OptionalTensor gg[3];
+    bool any = false;
+    for (size_t i = 0, at = 0; i < 3; ++i) {
+      if (given[i]) gg[i] = optional(arriving[at++]);
+      any |= gg[i].has_value();
+    }
+    if (!any) return variable_list(7);
+    const auto kept = ctx->get_saved_variables();
+    const OptionalTensor weight = optional(kept[2]);
+    const bool training = ctx->saved_data["training"].toBool();
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                     weight.has_value() && ctx->needs_input_grad(2)};
+    if (at::GradMode::is_enabled() || transformed()) {
+      return as_inputs(
+          composite_double_backward(gg[0], gg[1], gg[2], kept[0], kept[1], weight, kept[3], training, eps, wanted),
+          wanted, 7);
+    }
+    return as_inputs(
+        double_backward_op().call(gg[0], gg[1], gg[2], kept[0], kept[1], weight, kept[3], training, wanted), wanted, 7);
+  }
+};
+
+// bias with the values that forward had, which are in its coefficients (formulas.h: shift = bias - (what of the mean is
+// not in their mean_hi) * scale), and with the derivatives of what it is.
+Tensor bias_of_forward(const Tensor& bias, const Tensor& saved) {
+  const Tensor now = bias.to(saved.scalar_type());
+  const Tensor rest = saved.select(0, kSavedMeanHi) - saved.select(0, kSavedNormalise) + saved.select(0, kSavedMeanLo);
+  const Tensor then = saved.select(0, kSavedNormalise + 2) + rest * saved.select(0, kSavedNormalise + 1);
+  return now + (then - now).detach();
+}
+
+// input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and
+// what saved-tensor hooks bring back may be laid out otherwise (save_on_cpu makes everything contiguous).
+Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
+  if (input.sizes().size() != strides.size()) return input;  // the operator refuses it
+  const bool dense = input.is_non_overlapping_and_dense();
+  if ((dense ? input.strides().vec() : at::infer_dense_strides(input.sizes(), input.strides())) == strides)
+    return input;
+  return at::empty_strided(input.sizes(), strides, input.options()).copy_(input);
+}
+
+// Gradients that can be differentiated again: the activation's from torch's operations, batch norm's from a node of
+// their own, of kernels too, or where no node may be, from torch's operations.
+variable_list differentiable(const Tensor& grad_output, const Kept& k) {
+  const auto wanted = mask_of_norm(k.bits);
+  const OptionalTensor weight = optional(k.weight), residual = optional(k.residual);
+  const Activation kind = activation_of(k.activation);
+  // A gradient of 16 bits would be rounded on its way from one to the other, where a zero or the whole of it is not.
+  const bool rounds = k.input.element_size() == 2 && kind != Activation::kIdentity && kind != Activation::kReLU;
+  const bool composed = rounds || needs_composite({&grad_output, &k.input, &k.weight, &k.residual});
+  const auto argument = [&] {
+    const OptionalTensor bias = has(k.bias) ? OptionalTensor(bias_of_forward(*k.bias, k.saved)) : std::nullopt;
+    const Tensor v = composite_forward(k.input, weight, bias, k.saved, k.training, k.eps);
+    return k.residual.defined() ? v + k.residual.to(v.scalar_type()) : v;
+  };
+  const Tensor dy = through_activation(grad_output, k.input, kind, k.slope, k.mask, argument);
+  variable_list list(4);
+  if (mask_of(k.bits)[3]) list[3] = dy.to(grad_output.scalar_type());
+  if (!wanted[0] && !wanted[1] && !wanted[2]) return list;
+  if (composed) {
+    const auto found = composite_backward(dy, k.input, weight, k.saved, k.training, k.eps, wanted, type_of(k.bits));
+    variable_list of_norm = as_inputs(found, wanted, 3);
+    std::move(of_norm.begin(), of_norm.end(), list.begin());
+    return list;
+  }
+  const variable_list made = FirstGradients::apply(dy, k.input, weight, k.saved, k.training, k.eps, k.bits);
+  for (size_t i = 0, at = 0; i < 3; ++i) {
+    if (wanted[i]) list[i] = made[at++];
+  }
+  return list;
+}
+
+}  // namespace
+
+variable_list gradients(const Tensor& dy, Kept k) {
+  variable_list list(4);
+  if (!dy.defined()) return list;
+  if (!k.input.defined()) k.input = dy;  // only its shape is asked for
+  if (!k.strides.empty()) k.input = laid_for_mask(k.input, k.strides);
+  if (at::GradMode::is_enabled()) return differentiable(dy, k);
+  auto wanted = mask_of(k.bits);
+  if (k.activation == "identity" && wanted[3]) {
+    list[3] = dy;
+    wanted[3] = false;
+  }
+  if (!wanted[0] && !wanted[1] && !wanted[2] && !wanted[3]) return list;
+  auto [dx, dw, db, dr] =
+      backward_op().call(dy, k.input, optional(k.weight), k.saved, k.training, wanted, type_of(k.bits),
+                         optional(k.residual), optional(k.mask), k.activation, k.slope);
+  if (wanted[0]) list[0] = std::move(dx);
+  if (wanted[1]) list[1] = std::move(dw);
+  if (wanted[2]) list[2] = std::move(db);
+  if (wanted[3]) list[3] = std::move(dr);
+  return list;
+}
+
+}  // namespace bn_ext

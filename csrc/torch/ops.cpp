@@ -1,0 +1,50 @@
+// The operators' schemas: one family. Without residual, activation and all that has a default it is plain batch norm.
+// Devices register their kernels beside theirs: cpu_ops.cpp, cuda_ops.cpp.
+#include <torch/library.h>
+
+// Optional inputs are fine with every tracer, optional outputs are not: what output_mask leaves out has no elements.
+// activation: identity, relu, leaky_relu, silu or gelu. saved: core/kernels.h's SavedRow. mask: core/activation.h's,
+// for backward's eyes only. bias_dtype: of the bias's gradient; none: weight's, or that of the statistics.
+TORCH_LIBRARY(bn_ext, m) {
+  // act(batch_norm(input) + residual), differentiable, for eager mode: forward or inference, and its autograd node
+  // (autograd.cpp).
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, Tensor? residual=None, "
+      "str activation=\"identity\", float negative_slope=0.01) -> Tensor");
+
+  // The kernels of a device. Forward returns the output, saved and a mask. By the batch's statistics, which move the
+  // running ones; with mean and var given by those, and nothing moves.
+  m.def(
+      "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? mean=None, "
+      "Tensor? var=None, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) -> Tensor");
+  m.def(
+      "batch_norm_inference_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) -> ()");
+  // The gradients with respect to input, weight, bias and residual.
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, "
+      "bool[4] output_mask, ScalarType? bias_dtype=None, Tensor? residual=None, Tensor? mask=None, "
+      "str activation=\"identity\", float negative_slope=0.01) -> (Tensor, Tensor, Tensor, Tensor)");
+  // From the gradients that arrive at those with respect to input, weight and bias (none: zero), without an activation,
+  // the gradients with respect to grad_output, input and weight.
+  m.def(
+      "batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, "
+      "Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // The last two without an activation, made of differentiable operations, for derivatives of higher order and for
+  // vmap. saved is asked for where not training.
+  m.def(
+      "batch_norm_composite_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? saved, bool training, "
+      "float eps, bool[3] output_mask, ScalarType? bias_dtype=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_composite_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor grad_output, Tensor input, Tensor? weight, Tensor? saved, bool training, "
+      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
