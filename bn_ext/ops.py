@@ -6,6 +6,7 @@ input is (N, C) or (N, C, L); statistics are float64 for float64 input and float
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _check(input: Tensor, training: bool, eps: float | None = None, **vectors: T
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if eps is not None and eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if input.dtype not in KERNEL_DTYPES:
+    if input.dtype not in KERNEL_DTYPES:  # native's own error, in its words
         kind = torch.empty(0, dtype=input.dtype).type().rpartition(".")[2].removesuffix("Tensor")
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{kind}'")
     _check_devices(input, *vectors.values())
@@ -123,21 +124,8 @@ def _(
     return torch.empty_like(input), saved, mask
 
 
-def _check_inference(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    residual: Tensor | None,
-) -> None:
-    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    _check_residual(input, residual)
-
-
 @torch.library.register_fake("bn_ext::batch_norm_inference")
-def _(
+def _fake_inference(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -148,23 +136,14 @@ def _(
     activation: str = "identity",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    _check_inference(input, weight, bias, running_mean, running_var, eps, residual)
+    _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(input, residual)
     return torch.empty_like(input)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_inference_")
-def _(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: str = "identity",
-    negative_slope: float = 0.01,
-) -> None:
-    _check_inference(input, weight, bias, running_mean, running_var, eps, residual)
+def _(*arguments: Any) -> None:
+    _fake_inference(*arguments)
 
 
 def _like_parameter(input: Tensor, weight: Tensor | None, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:

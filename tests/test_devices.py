@@ -85,7 +85,7 @@ def test_an_operator_that_refuses_its_gpu_leaves_the_call_to_torch(
     """Eagerly nobody asks before the call: the operator raises before it changes anything, and torch's own runs."""
     monkeypatch.setattr(bn_ext.dispatch, "kernels_on", lambda device: False)
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object) -> None:  # as csrc/torch/cuda_ops.cpp does it
         raise NotImplementedError("bn_ext was built for sm_90, which does not run on a GPU of compute capability 8.0")
 
     monkeypatch.setattr(bn_ext.ops, "batch_norm", refuse)

@@ -51,12 +51,7 @@ struct BatchNormBackward : torch::autograd::Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (SavedVariable* v : const_cast<BatchNormBackward*>(this)->variables()) args.collect(*v, false);
     args.collect(rest.bias);
-    args.collect(rest.strides);
-    args.collect(rest.training);
-    args.collect(rest.eps);
-    args.collect(rest.slope);
-    args.collect(rest.activation);
-    args.collect(rest.bits);
+    for_each_value(rest, [&](const auto& value) { args.collect(value); });
   }
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
@@ -66,12 +61,7 @@ struct BatchNormBackward : torch::autograd::Node {
     const Kept k = unpacked();
     PackedArgs packed;
     packed.pack(std::vector<Tensor>{k.input, k.weight, k.saved, k.residual, k.mask, k.bias.value_or(Tensor())});
-    packed.pack(k.strides);
-    packed.pack(k.training);
-    packed.pack(k.eps);
-    packed.pack(k.slope);
-    packed.pack(k.activation);
-    packed.pack(k.bits);
+    for_each_value(k, [&](const auto& value) { packed.pack(value); });
     const auto args = std::move(packed).vec();
     std::vector<at::TypePtr> types;
     for (const auto& value : args) types.push_back(value.type());
@@ -86,6 +76,12 @@ struct BatchNormBackward : torch::autograd::Node {
   }
 
  private:
+  // What is no tensor, in the order in which it is packed.
+  template <class Values, class Use>
+  static void for_each_value(Values& k, const Use& use) {
+    use(k.strides), use(k.training), use(k.eps), use(k.slope), use(k.activation), use(k.bits);
+  }
+
   std::array<SavedVariable*, 5> variables() { return {&input, &weight, &saved, &residual, &mask}; }
 
   Kept unpacked() {
@@ -99,12 +95,7 @@ struct BatchNormBackward : torch::autograd::Node {
     torch::dynamo::autograd::PackedArgs packed(args);
     const auto t = packed.unpack<std::vector<Tensor>>();
     Kept k{t[0], t[1], t[2], t[3], t[4], optional(t[5])};
-    k.strides = packed.unpack<std::vector<int64_t>>();
-    k.training = packed.unpack<bool>();
-    k.eps = packed.unpack<double>();
-    k.slope = packed.unpack<double>();
-    k.activation = packed.unpack<std::string>();
-    k.bits = packed.unpack<int64_t>();
+    for_each_value(k, [&](auto& value) { value = packed.unpack<std::decay_t<decltype(value)>>(); });
     return gradients(grads[0], std::move(k));
   }
 };

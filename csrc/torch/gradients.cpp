@@ -132,7 +132,7 @@ Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
 // their own, of kernels too, or where no node may be, from torch's operations.
 variable_list differentiable(const Tensor& grad_output, const Kept& k) {
   const auto wanted = mask_of_norm(k.bits);
-  const OptionalTensor weight = optional(k.weight), residual = optional(k.residual);
+  const OptionalTensor weight = optional(k.weight);
   const Activation kind = activation_of(k.activation);
   // A gradient of 16 bits would be rounded on its way from one to the other, where a zero or the whole of it is not.
   const bool rounds = k.input.element_size() == 2 && kind != Activation::kIdentity && kind != Activation::kReLU;
