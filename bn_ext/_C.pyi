@@ -1,8 +1,25 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 def build_info() -> dict[str, bool | int | str | list[str] | None]: ...
 def isa_level() -> str: ...
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = ...,
+    negative_slope: float = ...,
+    /,
+) -> Tensor | None: ...
 def runs_on(codes: str, capability: int) -> bool: ...
 def launch_plan(
     pass_: str,

@@ -1,10 +1,13 @@
-"""What computes a call where it stands: our operators, our autograd Functions, or torch's own batch norm."""
+"""What computes a call where it stands: our operators, our autograd Functions, or torch's own batch norm.
+
+Module, functional form and fused pairs meet here: choose says which, once a call, and what it returns computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +21,12 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import autograd, ops
+from ._C import batch_norm as _eager
+from .activation import finish
 from .devices import kernels_on
 
-# ops.batch_norm's arguments: input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-# eps.
-Implementation = Callable[..., Tensor]
+# The arguments of by_operator. Its result is None where there is no kernel, and then nothing has changed.
+Implementation = Callable[..., Tensor | None]
 
 
 def has_kernel(input: Tensor) -> bool:
@@ -83,14 +87,14 @@ def overrides_functions(input: Tensor) -> bool:
 def choose(input: Tensor) -> Implementation | None:
     """Return what computes batch norm where the call stands, or None where torch's own has to.
 
-    The operator is for eager calls, torch.compile, torch.export and torch.jit.trace; the Functions are for
-    torch.func.grad and vjp. Torch's own is for forward-mode AD, vmap, ONNX, tensor types that override functions or
+    by_operator is for eager calls, torch.compile, torch.export and torch.jit.trace; by_functions is for torch.func.grad
+    and vjp. Torch's own is for forward-mode AD, vmap, ONNX, tensor types that override functions or
     operators, and where a TorchFunctionMode or who has replaced torch's batch_norm is to see it.
     """
     if overrides_functions(input) or forward_ad._current_level >= 0:
         return None
     if _are_functorch_transforms_active():
-        return autograd.batch_norm if transforms_supported() else None
+        return by_functions if transforms_supported() else None
     if torch.compiler.is_compiling():
         # A graph is made once and run later: whether there is a kernel is settled now. Export shows fake tensors here.
         plain = has_kernel(input) if torch.compiler.is_dynamo_compiling() else kernels_on(input.device)
@@ -101,7 +105,7 @@ def choose(input: Tensor) -> Implementation | None:
         foreign = type(input) is not Tensor and is_foreign(input)
         if watched or foreign or (_get_tracing_state() and torch.onnx.is_in_onnx_export()):
             return None
-    return cast(Implementation, ops.batch_norm)
+    return by_operator
 
 
 def leave_to_torch(error: Exception, input: Tensor) -> None:
@@ -134,14 +138,27 @@ def restored_on_error(*tensors: Tensor | None) -> Iterator[None]:
         raise
 
 
-def are_numbers(momentum: object, eps: object) -> bool:
-    """Return whether both are what a schema's float takes without asking them to become one."""
+def _are_plain(mean: object, var: object, training: bool, momentum: object, eps: object) -> bool:
+    """Return whether the numbers are what a schema's float takes without asking them to become one, and whether there
+    are statistics to go by; else native words the error.
+    """
     kinds = (float, int)
-    return isinstance(eps, kinds) and (momentum is None or isinstance(momentum, kinds))
+    numbers = isinstance(eps, kinds) and (momentum is None or isinstance(momentum, kinds))
+    return numbers and (training or (mean is not None and var is not None))
 
 
-def fused_batch_norm(
-    implementation: Implementation,
+def fits(input: Tensor, residual: Tensor) -> bool:
+    """Return whether the kernels add residual to the batch norm of input as it is."""
+    return (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+        and residual.layout == torch.strided
+        and not overrides_functions(residual)
+    )
+
+
+def by_operator(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -151,18 +168,92 @@ def fused_batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    inplace: bool = False,
 ) -> Tensor | None:
-    """Return the batch norm of input (N, C) or (N, C, L), or None where there is no kernel and nothing has changed.
+    """Return act(batch_norm(input) + residual) by our kernels.
 
-    implementation is what choose returned. training selects the batch's own statistics. momentum None is the cumulative
-    average 1 / num_batches_tracked.
+    Args:
+        input: (N, C) or (N, C, L).
+        running_mean, running_var, weight, bias, num_batches_tracked: as in nn.BatchNorm1d, each may be None.
+        training: normalise by the batch's own statistics.
+        momentum: None is the cumulative average, 1 / num_batches_tracked.
+        eps: added to the variance.
+        residual: of input's shape and dtype for one pass, else whatever can be added to the batch norm of input.
+        activation, negative_slope: as the operators take them.
+        inplace: write into input, in evaluation without autograd only.
     """
-    if not are_numbers(momentum, eps) or not (training or (running_mean is not None and running_var is not None)):
-        return None  # native words the error
+    if residual is not None and not fits(input, residual):
+        return _step_by_step(
+            by_operator, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
+            residual, activation, negative_slope, inplace,
+        )  # fmt: skip
     try:
-        return implementation(
+        if not (inplace or torch.compiler.is_compiling()):
+            output = _eager(
+                input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps, residual,
+                activation, negative_slope,
+            )  # fmt: skip
+            if output is not None:
+                return output
+        if not _are_plain(running_mean, running_var, training, momentum, eps):
+            return None
+        if inplace:
+            ops.batch_norm_inference_(
+                input, weight, bias, running_mean, running_var, eps, residual, activation, negative_slope
+            )
+            return input
+        return ops.batch_norm(  # type: ignore[no-any-return]
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, residual,
+            activation, negative_slope,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        leave_to_torch(error, input)
+        return None
+
+
+def by_functions(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    *after: Any,
+) -> Tensor | None:
+    """Return what by_operator does by our autograd.Functions, and what follows batch norm by torch's operations."""
+    if after:
+        return _step_by_step(
+            by_functions, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
+            *after,
+        )  # fmt: skip
+    if not _are_plain(running_mean, running_var, training, momentum, eps):
+        return None
+    try:
+        return autograd.batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)
         return None
+
+
+def _step_by_step(
+    implementation: Implementation,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *others: Any,
+) -> Tensor | None:
+    """Return what by_operator does, batch norm by implementation and what follows by torch's operations."""
+    weight, bias, num_batches_tracked, training, momentum, eps, *after = others
+    with restored_on_error(*((running_mean, running_var, num_batches_tracked) if training else ())):  # addition raises
+        output = implementation(
+            input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
+        )
+        return None if output is None else finish(output, input, *after)

@@ -17,8 +17,8 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from .activation import activate, check_activation, check_call, finish, fused_batch_norm_act
-from .dispatch import KNOWN, choose, fused_batch_norm, restored_on_error
+from .activation import activate, check_activation, check_call, finish
+from .dispatch import KNOWN, choose, restored_on_error
 
 _native_batch_norm = F.batch_norm  # as it is at import: somebody may put ours there
 
@@ -100,18 +100,20 @@ def batch_norm(
             negative_slope, inplace,
         )  # fmt: skip
     if not plain:
-        return _batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-            negative_slope, inplace,
-        )  # fmt: skip
+        check_activation(activation)
+        check_call(input, residual, training, inplace, weight, bias)
     implementation = choose(input) if input.dim() in (2, 3) and momentum is not None else None
+    arguments = (input, running_mean, running_var, weight, bias)
     if implementation is not None:
-        output = fused_batch_norm(
-            implementation, input, running_mean, running_var, weight, bias, None, training, momentum, eps
-        )
+        after = () if plain else (residual, activation or "identity", negative_slope, inplace)
+        output = implementation(*arguments, None, training, momentum, eps, *after)
         if output is not None:
             return output
-    return _native_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if plain:
+        return _native_batch_norm(*arguments, training, momentum, eps)
+    with restored_on_error(*((running_mean, running_var) if training else ())):
+        output = _native_batch_norm(*arguments, training, momentum, eps)
+        return finish(output, input, residual, activation, negative_slope, inplace)
 
 
 def _overridden(*arguments: Any) -> Tensor:
@@ -123,35 +125,6 @@ def _overridden(*arguments: Any) -> Tensor:
     names = ("weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, arguments[3:8], strict=True))  # by name, as torch's own passes them on
     return handle_torch_function(batch_norm, arguments[:5], *arguments[:3], **(given | after))
-
-
-def _batch_norm_act(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-    inplace: bool,
-) -> Tensor:
-    check_activation(activation)
-    implementation = choose(input) if input.dim() in (2, 3) and momentum is not None else None
-    if implementation is not None:
-        output = fused_batch_norm_act(
-            implementation, input, residual, running_mean, running_var, weight, bias, None, training, momentum, eps,
-            activation, negative_slope, inplace,
-        )  # fmt: skip
-        if output is not None:
-            return output
-    check_call(input, residual, training, inplace, weight, bias)
-    with restored_on_error(*((running_mean, running_var) if training else ())):
-        output = _native_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return finish(output, input, residual, activation, negative_slope, inplace)
 
 
 KNOWN.add(batch_norm)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.jit.script reads, see below)
 from torch import Tensor, nn
 
-from .dispatch import choose, fused_batch_norm, restored_on_error
+from .dispatch import choose, restored_on_error
 from .functional import kernels_beneath_modes
 
 _OF_TORCH = nn.BatchNorm1d.__module__  # as it is at import: who puts a class of ours into torch.nn still gets this
@@ -21,7 +21,7 @@ def mark_as_leaf(module: nn.Module) -> None:
 
 
 # What a call of a batch norm goes by beside its input: running_mean, running_var, weight, bias, num_batches_tracked,
-# training, momentum, eps, as dispatch.fused_batch_norm takes them. A bare tuple: a named one takes 0.2 us to make.
+# training, momentum, eps, as dispatch.by_operator takes them. A bare tuple: a named one takes 0.2 us to make.
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float | None, float]
 
 
@@ -125,8 +125,7 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         if implementation is None:
             return self._native(input)
         self._check_input_dim(input)
-        state = state_of(self)
-        output = fused_batch_norm(implementation, input, *state)
+        output = implementation(input, *state_of(self))
         return self._native(input) if output is None else output
 
     # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.

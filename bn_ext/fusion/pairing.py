@@ -19,9 +19,7 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import ops
-from ..activation import fits
-from ..dispatch import are_numbers, choose, leave_to_torch, modes_listen
+from ..dispatch import by_operator, choose, fits, modes_listen
 from ..modules import FusedBatchNorm1d, state_of
 
 Activation = tuple[str, float]  # the operators' activation and negative_slope
@@ -124,7 +122,7 @@ def _leaky(slope: Any, inplace: Any) -> Activation | None:
 
 def undisturbed(input: Any) -> bool:
     """Return whether the operators compute batch norm of input here, and nothing watches torch's functions."""
-    if not isinstance(input, Tensor) or choose(input) is not ops.batch_norm or not 2 <= input.dim() <= 3:
+    if not isinstance(input, Tensor) or choose(input) is not by_operator or not 2 <= input.dim() <= 3:
         return False
     if not _has_any_global_hook() and not (is_compiling() and modes_listen()):
         return True
@@ -147,18 +145,9 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
 
     norm is_norm, input is undisturbed, residual addable.
     """
-    mean, var, weight, bias, batches, training, momentum, eps = state_of(norm)
-    if not are_numbers(momentum, eps) or not (training or (mean is not None and var is not None)):
-        return None
     if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
         return None  # autograd cannot keep it
-    try:
-        return ops.batch_norm(  # type: ignore[no-any-return]
-            input, weight, bias, mean, var, batches, training, momentum, eps, residual, *activation
-        )
-    except (RuntimeError, ValueError) as error:
-        leave_to_torch(error, input)
-        return None
+    return by_operator(input, *state_of(norm), residual, *activation)
 
 
 def _records(*tensors: Tensor | None) -> bool:

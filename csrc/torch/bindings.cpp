@@ -20,7 +20,8 @@
 #endif
 
 namespace bn_ext {
-const char* isa_level();  // ops.cpp: the level of the CPU kernels that this process uses
+const char* isa_level();           // cpu_ops.cpp: the level of the CPU kernels that this process uses
+void add_entry(PyObject* module);  // entry.cpp
 }  // namespace bn_ext
 
 namespace {
@@ -171,6 +172,7 @@ py::dict query_device(int index) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of bn_ext.";
+  bn_ext::add_entry(m.ptr());
   m.def("build_info", &build_info,
         "What the library was compiled with: torch, cplusplus, compiler, openmp and cuda (version numbers or None), "
         "and the ISA level that it uses in this process.");
