@@ -16,14 +16,16 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 _family = torch.ops.bn_ext
 batch_norm = _family.batch_norm.default
 batch_norm_forward = _family.batch_norm_forward.default
+batch_norm_moments = _family.batch_norm_moments.default
 batch_norm_inference = _family.batch_norm_inference.default
 batch_norm_inference_ = _family.batch_norm_inference_.default
 batch_norm_backward = _family.batch_norm_backward.default
+batch_norm_gradient_sums = _family.batch_norm_gradient_sums.default
 batch_norm_double_backward = _family.batch_norm_double_backward.default
 batch_norm_composite_backward = _family.batch_norm_composite_backward.default
 batch_norm_composite_double_backward = _family.batch_norm_composite_double_backward.default
 
-SAVED_ROWS = 6  # csrc/core/kernels.h's SavedRow
+SAVED_ROWS, MOMENT_ROWS, SUM_ROWS = 6, 4, 3  # csrc/core/kernels.h's SavedRow, MomentRow, SumRow
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -40,7 +42,9 @@ def _check_devices(input: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"Tensor on device {other.device} is not on the expected device {input.device}!")
 
 
-def _check(input: Tensor, training: bool, eps: float | None = None, **vectors: Tensor | None) -> None:
+def _check(
+    input: Tensor, training: bool, eps: float | None = None, part: bool = False, **vectors: Tensor | None
+) -> None:
     """Raise what the kernels' entry (csrc/torch/calls.cpp) would, as far as shapes, types and devices tell.
 
     A graph that is being made is left to that entry, where it runs: the error then is the one that eager calls raise.
@@ -50,7 +54,7 @@ def _check(input: Tensor, training: bool, eps: float | None = None, **vectors: T
         return
     if input.dim() not in (2, 3):
         raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
-    if training and guard_or_false(input.numel() == input.shape[1]):
+    if training and not part and guard_or_false(input.numel() == input.shape[1]):
         size = tuple(input.shape)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size torch.Size({[*size]})")
     if eps is not None and training and not eps > 0:
@@ -88,6 +92,15 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
         raise RuntimeError(f"residual should have the size of input, {size}, but has {other}")
 
 
+def _check_stage(input: Tensor, given: Tensor | None, rows: int, name: str) -> None:
+    if given is None:
+        return
+    _check_devices(input, given)
+    if given.dim() != 3 or given.shape[1:] != (rows, input.shape[1]) or given.dtype != torch.float64:
+        size = f"(parts, {rows}, {input.shape[1]})"
+        raise RuntimeError(f"{name} should be a float64 tensor of size {size}, but is of size {list(given.shape)}")
+
+
 def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
     """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
     of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
@@ -112,16 +125,25 @@ def _(
     residual: Tensor | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     training = mean is None and var is None
     if training:
         mean, var = running_mean, running_var
-    _check(input, training, eps, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    part = moments is not None
+    _check(input, training, eps, part, running_mean=mean, running_var=var, weight=weight, bias=bias)
+    _check_stage(input, moments, MOMENT_ROWS, "moments")
     _check_residual(input, residual)
     _check_count(input, num_batches_tracked)
     saved = input.new_empty((SAVED_ROWS, input.shape[1]), dtype=statistics_dtype(input))
     mask = input.new_empty((mask_size(input, residual, activation),), dtype=torch.uint8)
     return torch.empty_like(input), saved, mask
+
+
+@torch.library.register_fake("bn_ext::batch_norm_moments")
+def _(input: Tensor) -> Tensor:
+    _check(input, False)
+    return input.new_empty((MOMENT_ROWS, input.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_inference")
@@ -171,8 +193,10 @@ def _(
     mask: Tensor | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, grad_output, weight, saved, residual, mask)
+    _check_stage(input, sums, SUM_ROWS, "sums")
     of_input, of_weight, of_bias, of_residual = output_mask
     return (
         _like_input(input, of_input),
@@ -180,6 +204,20 @@ def _(
         _like_parameter(input, weight, of_bias, bias_dtype),
         _like_input(input, of_residual),
     )
+
+
+@torch.library.register_fake("bn_ext::batch_norm_gradient_sums")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    saved: Tensor,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    _check_devices(input, grad_output, saved, residual, mask)
+    return input.new_empty((SUM_ROWS, input.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_double_backward")

@@ -16,7 +16,7 @@ case $mode in
   full) optimize=-O1 levels='default avx2 avx512' seconds=120 fuzz=600 tests=(
     tests/test_{autograd,convert,determinism,double_backward,dtypes,errors,func,functional,hostile,layouts}.py
     tests/test_{modules,moduleinfo,nonfinite,numerics,ops,property,state,transforms}.py tests/test_drop_in*.py
-    tests/test_fusion{,_autograd,_classes,_container,_convert,_fuzz,_replaced,_saved}.py) ;;
+    tests/test_{entry,stages}.py tests/test_fusion{,_autograd,_classes,_container,_convert,_fuzz,_replaced,_saved}.py) ;;
   *) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2 && exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}

@@ -37,6 +37,7 @@ class Setting:
     training: bool = True
     residual: bool = True
     seed: int = 0
+    part: bool = False  # of a batch in training, by the results of a stage
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -69,6 +70,14 @@ def sane(name: str, s: Setting) -> Arguments:
         given["saved"], given["mask"] = saved_of(s, given, wanted)
     if "output_mask" in wanted:
         given["output_mask"] = [True] * (wanted["output_mask"].N or 0)
+    given |= {"moments": None, "sums": None}
+    if s.part and s.training and "moments" in wanted:
+        given["moments"] = torch.ops.bn_ext.batch_norm_moments(given["input"])[None]
+    if s.part and s.training and "sums" in wanted:
+        of_sums = {a.name for a in SCHEMAS["batch_norm_gradient_sums"].arguments}
+        stage = {key: given[key] for key in given if key in of_sums}
+        given["sums"] = torch.ops.bn_ext.batch_norm_gradient_sums(**stage)[None]
+        given["output_mask"] = [True, False, False, True]
     if "mean" in wanted:
         absent = FIXED if s.training else ("running_mean", "running_var", "num_batches_tracked")
         given |= dict.fromkeys(absent)
@@ -197,8 +206,13 @@ def welcome(name: str, s: Setting, argument: str, how: str) -> bool:
         return how in OTHER_COUNTS or (how == "meta" and not name.endswith("forward"))
     if argument == "mask":  # none; and it has one dimension
         return how in ("no_elements", "no_rows", "one_dimension")
-    if argument == "input" and "backward" not in name and not s.residual:
+    others = {a.name for a in SCHEMAS[name].arguments}
+    if argument == "input" and others == {"input"} and how == "meta":
+        return True  # nothing beside it is elsewhere
+    if argument == "input" and "grad_output" not in others and not (s.residual and "residual" in others):
         return how in ("no_rows", "one_more", "one_less")  # another batch
+    if argument in ("moments", "sums"):
+        return how == "one_more"  # another part
     return argument in VECTORS and how in OTHER_VECTORS
 
 

@@ -20,13 +20,14 @@ SETTINGS = {
     "plain": Setting(residual=False, activation="identity"),
     "training": Setting(),
     "evaluation": Setting(training=False, shape=(4, 5, 3), activation="silu"),
+    "part": Setting(part=True, activation="silu"),
     "narrow": Setting(dtype=torch.bfloat16, vector_dtype=torch.float32, activation="identity", layout="permuted"),
 }
 ARGUMENTS = [(name, a.name) for name, schema in sorted(SCHEMAS.items()) for a in schema.arguments]
 
 
 def test_there_are_operators() -> None:
-    assert len(SCHEMAS) == 8
+    assert len(SCHEMAS) == 10
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

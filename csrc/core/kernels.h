@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "tensors.h"
+#include "welford.h"
 
 namespace bn_ext {
 
@@ -13,10 +14,53 @@ namespace bn_ext {
 // activation's argument anew.
 enum SavedRow : int { kSavedMeanHi, kSavedMeanLo, kSavedInvstd, kSavedNormalise, kSavedRows = kSavedNormalise + 3 };
 
+// A pass in two stages, for a batch of which this tensor is a part: the first ends with its reduction, the second
+// begins behind it, with the results of all parts, merged in their order. Results of a part: (kMomentRows, C) doubles
+// of forward's, (kSumRows, C) of backward's in training. Neither is given: both stages at once.
+enum MomentRow : int { kMomentCount, kMomentMeanHi, kMomentMeanLo, kMomentM2, kMomentRows };
+enum SumRow : int { kSumCount, kSumDy, kSumDot, kSumRows };  // dot: of dy with x - mean
+struct Stage {
+  double* result = nullptr;
+  const double* given = nullptr;
+  int64_t parts = 0;  // of what is given
+};
+
+// Channel c of a stage's results: of what is given in its parts' order, and into the result.
+BN_HD Moments<double> given_moments(const Stage& stage, int64_t c, int64_t channels) {
+  Moments<double> all;
+  const double* part = stage.given + c;
+  for (int64_t i = 0; i < stage.parts; ++i, part += kMomentRows * channels) {
+    all = merge<double>(all, {part[kMomentCount * channels], part[kMomentMeanHi * channels],
+                              part[kMomentMeanLo * channels], part[kMomentM2 * channels]});
+  }
+  return all;
+}
+BN_HD void put_result(const Stage& stage, int64_t c, int64_t channels, const Moments<double>& m) {
+  const double values[kMomentRows] = {m.count, m.mean_hi, m.mean_lo, m.m2};
+  for (int k = 0; k < kMomentRows; ++k) stage.result[k * channels + c] = values[k];
+}
+struct GradientSum {
+  double count = 0, dy = 0, dot = 0;
+};
+BN_HD GradientSum given_sums(const Stage& stage, int64_t c, int64_t channels) {
+  GradientSum all;
+  const double* part = stage.given + c;
+  for (int64_t i = 0; i < stage.parts; ++i, part += kSumRows * channels) {
+    all.count += part[kSumCount * channels];
+    all.dy += part[kSumDy * channels];
+    all.dot += part[kSumDot * channels];
+  }
+  return all;
+}
+BN_HD void put_result(const Stage& stage, int64_t c, int64_t channels, const GradientSum& s) {
+  const double values[kSumRows] = {s.count, s.dy, s.dot};
+  for (int k = 0; k < kSumRows; ++k) stage.result[k * channels + c] = values[k];
+}
+
 struct ForwardArgs {
   Shape shape;
   DType dtype;
-  TensorRef x, y;
+  TensorRef x, y;  // y absent where a stage ends with its result
   VectorRef weight, bias, running_mean, running_var;
   bool training = true;  // by the batch's statistics, which move the running ones; else by the running ones
   double eps = 0;
@@ -25,6 +69,7 @@ struct ForwardArgs {
   bool cumulative = false;  // momentum=None: 1 / num_batches_tracked after this batch
   void* saved = nullptr;    // evaluation: nullptr where there will be no backward
   Epilogue epilogue;
+  Stage stage;  // in training
 };
 
 struct BackwardArgs {
@@ -36,8 +81,9 @@ struct BackwardArgs {
   bool training = true;
   Epilogue epilogue;        // with an activation, or nothing
   TensorRef grad_residual;  // laid as dx; with an activation only
-  // Whether sums over the channels are needed, for the parameters or for training's dx.
-  BN_HD bool sums() const { return grad_weight || grad_bias || (training && dx); }
+  Stage stage;              // what is given, in training alone
+  // Whether sums over the channels are needed, for a result, for the parameters or for training's dx.
+  BN_HD bool sums() const { return stage.result || grad_weight || grad_bias || (training && dx); }
 };
 
 // Derivatives of the gradients above, without an epilogue: dx and grad_weight are here what flows on to the input and

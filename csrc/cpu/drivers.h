@@ -14,14 +14,14 @@ inline int64_t channels_together(const Geometry& g, int64_t bytes_per_channel, c
   return par.threads == 1 ? fit : fair == 0 ? g.channels : std::min(fit, fair);
 }
 
-// Runs stage(c0, c1, parallel) for so many channels at a time over the threads, or once for all of them.
-template <class Stage>
-inline void for_channels(const Geometry& g, int64_t together, const Parallel& par, const Stage& stage) {
-  if (together >= g.channels) return stage(0, g.channels, par);
+// Runs work(c0, c1, parallel) for so many channels at a time over the threads, or once for all of them.
+template <class Work>
+inline void for_channels(const Geometry& g, int64_t together, const Parallel& par, const Work& work) {
+  if (together >= g.channels) return work(0, g.channels, par);
   const int64_t blocks = (g.channels + together - 1) / together;
   parallel_for(par, blocks, together * g.outer * g.inner, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      stage(b * together, std::min((b + 1) * together, g.channels), Parallel());
+      work(b * together, std::min((b + 1) * together, g.channels), Parallel());
     }
   });
 }
@@ -66,25 +66,24 @@ inline void set_channel(const ForwardArgs& a, int64_t c, double mean_hi, double 
   saved[kSavedInvstd * a.shape.c] = static_cast<Scalar<T>>(invstd);
 }
 
-// Merged moments of channel c -> the same, and running statistics.
+// Moments of channel c -> the same, and running statistics; or a stage's result.
 template <class T>
-inline void finish_channel(const ForwardArgs& a, const Partials& partials, double momentum, int64_t c,
+inline void finish_channel(const ForwardArgs& a, const Moments<double>& m, double momentum, int64_t c,
                            const NormaliseCoefficients<T>& coefficients) {
-  const double count = static_cast<double>(a.shape.count());
-  const double mean_hi = partials.row(0, 0)[c], mean_lo = partials.row(0, 1)[c], m2 = partials.row(0, 2)[c];
-  set_channel<T>(a, c, mean_hi, mean_lo, m2 / count, coefficients);
+  if (a.stage.result) return put_result(a.stage, c, a.shape.c, m);
+  set_channel<T>(a, c, m.mean_hi, m.mean_lo, m.m2 / m.count, coefficients);
   if (a.running_mean) {
-    store_element(a.running_mean, c, running_update(load_element(a.running_mean, c), mean_hi, momentum));
+    store_element(a.running_mean, c, running_update(load_element(a.running_mean, c), m.mean_hi, momentum));
   }
   if (a.running_var) {
-    const double unbiased = m2 / (count - 1);
+    const double unbiased = m.m2 / (m.count - 1);
     store_element(a.running_var, c, running_update(load_element(a.running_var, c), unbiased, momentum));
   }
 }
 
 // The geometry of the output, the input and a residual.
 inline Geometry geometry_of(const ForwardArgs& a) {
-  const TensorRef operands[] = {a.y, a.x, a.epilogue.residual};
+  const TensorRef operands[] = {a.y ? a.y : a.x, a.x, a.epilogue.residual};
   return make_geometry(a.shape, operands, a.epilogue.residual ? 3 : 2);
 }
 
@@ -102,22 +101,26 @@ inline void forward_by_batch(const ForwardArgs& a, const Parallel& par) {
   double momentum = a.momentum;
   if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
 
+  const double count = static_cast<double>(a.shape.count());
   const int64_t together = channels_together(g, a.shape.count() * int64_t(sizeof(T)), par);
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
-    if (g.columns) {
-      statistics_columns(g, x, partials, p);
+    if (a.stage.given) {
+      for_channel_blocks(c0, c1, a.stage.parts, p, [&](int64_t b, int64_t e) {
+        for (int64_t c = b; c < e; ++c) {
+          finish_channel<T>(a, given_moments(a.stage, c, channels), momentum, c, coefficients);
+        }
+      });
     } else {
-      statistics_planes(g, x, partials, c0, c1, p);
+      statistics(g, x, partials, c0, c1, p);
+      for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
+        merge_chunks(g, partials, b, e);
+        for (int64_t c = b; c < e; ++c) {
+          finish_channel<T>(a, partials.merged(count, c), momentum, c, coefficients);
+        }
+      });
     }
-    for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
-      merge_chunks(g, partials, b, e);
-      for (int64_t c = b; c < e; ++c) finish_channel<T>(a, partials, momentum, c, coefficients);
-    });
-    if (g.columns) {
-      normalise_columns(g, x, y, coefficients, Order::kReverse, p, after);
-    } else {
-      normalise_planes(g, x, y, coefficients, c0, c1, Order::kReverse, p, after);
-    }
+    if (!y) return;
+    normalise(g, x, y, coefficients, c0, c1, Order::kReverse, p, after);
   });
 }
 
@@ -134,11 +137,7 @@ inline void forward_by_running(const ForwardArgs& a, const Parallel& par) {
   const Reader<T> x(g, 1, a.x.data);
   T* y = static_cast<T*>(a.y.data);
   const After after(g, a.epilogue);
-  if (g.columns) {
-    normalise_columns(g, x, y, coefficients, Order::kForward, par, after);
-  } else {
-    normalise_planes(g, x, y, coefficients, 0, g.channels, Order::kForward, par, after);
-  }
+  normalise(g, x, y, coefficients, 0, g.channels, Order::kForward, par, after);
 }
 
 template <class T>
@@ -174,19 +173,19 @@ inline void load_state(const BackwardArgs& a, const ChannelState<T>& s, int64_t 
   s.rest[c] = static_cast<double>(hi) - shift + lo;
 }
 
-// Summed chunks of channel c -> parameter gradients and, in training, the coefficients of Op's dx.
+// Sums of channel c -> parameter gradients and, in training, the coefficients of Op's dx; or a stage's result.
 template <class T, class Op>
-inline void finish_gradient(const BackwardArgs& a, const ChunkSums<2>& sums, const ChannelState<T>& s, int64_t c,
+inline void finish_gradient(const BackwardArgs& a, const GradientSum& sum, const ChannelState<T>& s, int64_t c,
                             const CoefficientsOf<Op>& out) {
-  const double sum_dy = sums.row(0, 0)[c], dot = sums.row(0, 1)[c];
-  if (a.grad_weight) store_element(a.grad_weight, c, dot * s.invstd[c]);
-  if (a.grad_bias) store_element(a.grad_bias, c, sum_dy);
+  if (a.stage.result) return put_result(a.stage, c, a.shape.c, sum);
+  if (a.grad_weight) store_element(a.grad_weight, c, sum.dot * s.invstd[c]);
+  if (a.grad_bias) store_element(a.grad_bias, c, sum.dy);
   if (!a.dx || !a.training) return;
   const Scalar<T> hi = saved_at<T>(a, kSavedMeanHi, c);
   const Scalar<T> mean_hi = Op::kShares ? saved_at<T>(a, kSavedNormalise, c) : hi;
   const double mean_lo = (static_cast<double>(hi) - mean_hi) + saved_at<T>(a, kSavedMeanLo, c);
   const auto k = gradient_coefficients<Scalar<T>, double>(mean_hi, mean_lo, s.invstd[c], load_element(a.weight, c, 1.0),
-                                                          sum_dy, dot, static_cast<double>(a.shape.count()));
+                                                          sum.dy, sum.dot, sum.count);
   Scalar<T> values[Op::kCoefficients];
   Op::put(k, values);
   for (int i = 0; i < Op::kCoefficients; ++i) out.row(i)[c] = values[i];
@@ -204,11 +203,7 @@ inline void scale_gradient(const BackwardArgs& a, const Parallel& par) {
   }
   const Reader<T> dy(g, 1, a.dy.data);
   T* dx = static_cast<T*>(a.dx.data);
-  if (g.columns) {
-    normalise_columns(g, dy, dx, coefficients, Order::kForward, par);
-  } else {
-    normalise_planes(g, dy, dx, coefficients, 0, g.channels, Order::kForward, par);
-  }
+  normalise(g, dy, dx, coefficients, 0, g.channels, Order::kForward, par);
 }
 
 // The state of all channels, in (kStateDoubles * channels) doubles.
@@ -235,11 +230,15 @@ inline void reduce_and_apply(const Geometry& g, const BackwardArgs& a, const Dy&
   const CoefficientsOf<Op> coefficients{reinterpret_cast<Scalar<T>*>(of_channels + kStateDoubles * channels), channels};
   const Reader<T> x(g, 2, a.x.data);
   const int64_t together = channels_together(g, 2 * a.shape.count() * int64_t(sizeof(T)), par);
+  const double count = static_cast<double>(a.shape.count());
   for_channels(g, together, par, [&](int64_t c0, int64_t c1, const Parallel& p) {
-    reduce_gradients(g, Sources<T, 2, Dy>{reduced, {x}}, state.centres, sums, c0, c1, p);
+    if (!a.stage.given) reduce_gradients(g, Sources<T, 2, Dy>{reduced, {x}}, state.centres, sums, c0, c1, p);
     for_channel_blocks(c0, c1, chunks, p, [&](int64_t b, int64_t e) {
-      sum_chunks(g, sums, b, e);
-      for (int64_t c = b; c < e; ++c) finish_gradient<T, Op>(a, sums, state, c, coefficients);
+      if (!a.stage.given) sum_chunks(g, sums, b, e);
+      for (int64_t c = b; c < e; ++c) {
+        const GradientSum own{count, sums.row(0, 0)[c], sums.row(0, 1)[c]};
+        finish_gradient<T, Op>(a, a.stage.given ? given_sums(a.stage, c, channels) : own, state, c, coefficients);
+      }
     });
     if (!applied) return;
     apply_gradients<Op, Dy>(g, {*applied, {x}}, {static_cast<T*>(a.dx.data)}, coefficients, c0, c1, Order::kReverse, p);

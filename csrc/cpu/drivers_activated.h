@@ -24,14 +24,14 @@ inline void write_gradient(const Geometry& g, const ActivatedGradient<T>& dy, co
   });
 }
 
-// Training's dx where the activation goes by a sign that the coefficients or the mask tell.
+// Training's sums and dx where the activation goes by a sign that the coefficients or the mask tell.
 template <class T, bool kMask, class Act>
 inline void backward_by_sign(const Geometry& g, const BackwardArgs& a, const ActivatedGradient<T>& gradient,
                              const Act& act, const Parallel& par) {
   const SignGradient<T, Act, kMask> reduced(gradient, act, nullptr);
   const SignGradient<T, Act, kMask> applied(gradient, act, static_cast<T*>(a.grad_residual.data));
   using Op = std::conditional_t<kMask, GradInput<T>, SharedGradInput<T>>;
-  reduce_and_apply<T, Op>(g, a, reduced, &applied, par);
+  reduce_and_apply<T, Op>(g, a, reduced, a.dx ? &applied : nullptr, par);
 }
 
 template <class T>
@@ -46,7 +46,7 @@ inline void backward_activated(const BackwardArgs& a, const Parallel& par) {
   if constexpr (sizeof(T) < sizeof(double)) {
     const Activation kind = a.epilogue.activation;
     const auto slope = static_cast<Scalar<T>>(a.epilogue.negative_slope);
-    if (a.training && dx && by_sign(kind)) {
+    if (a.training && a.sums() && (dx || !grad_residual) && by_sign(kind)) {
       if (a.epilogue.mask) {
         const Blocked<Scalar<T>> act{slope, kind == Activation::kReLU};
         return backward_by_sign<T, true>(g, a, gradient, act, par);
@@ -62,7 +62,7 @@ inline void backward_activated(const BackwardArgs& a, const Parallel& par) {
   if (a.training && dx) {
     const auto written = gradient.with_outputs(grad_residual, nullptr, stream);
     reduce_and_apply<T>(g, a, gradient, &written, par);
-  } else if (a.grad_weight || a.grad_bias) {
+  } else if (a.sums()) {
     const auto written = gradient.with_outputs(grad_residual, dx, false);
     reduce_and_apply<T>(g, a, written, static_cast<const ActivatedGradient<T>*>(nullptr), par);
   } else {

@@ -195,3 +195,11 @@ inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const 
     });
   });
 }
+
+// y of channels [c0, c1), which are all of them where columns are taken.
+template <class T, class After = Unactivated>
+inline void normalise(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
+                      int64_t c0, int64_t c1, Order order, const Parallel& par, const After& after = After()) {
+  g.columns ? normalise_columns(g, x, y, coefficients, order, par, after)
+            : normalise_planes(g, x, y, coefficients, c0, c1, order, par, after);
+}

@@ -7,6 +7,8 @@ struct Partials {
   double* data;
   int64_t channels;
   double* row(int64_t chunk, int which) const { return data + (chunk * 3 + which) * channels; }
+  // Channel c, once its chunks are merged.
+  Moments<double> merged(double count, int64_t c) const { return {count, row(0, 0)[c], row(0, 1)[c], row(0, 2)[c]}; }
   void store(int64_t chunk, int64_t c, const Moments<double>& m) const {
     row(chunk, 0)[c] = m.mean_hi;
     row(chunk, 1)[c] = m.mean_lo;

@@ -252,6 +252,13 @@ inline void statistics_planes(const Geometry& g, const Reader<T>& x, const Parti
   });
 }
 
+// The moments of all chunks of channels [c0, c1), which are all of them where columns are taken.
+template <class T>
+inline void statistics(const Geometry& g, const Reader<T>& x, const Partials& partials, int64_t c0, int64_t c1,
+                       const Parallel& par) {
+  g.columns ? statistics_columns(g, x, partials, par) : statistics_planes(g, x, partials, c0, c1, par);
+}
+
 // Merges the chunks of channels [c0, c1) in their order.
 inline void merge_chunks(const Geometry& g, const Partials& partials, int64_t c0, int64_t c1) {
   double* hi = partials.row(0, 0);

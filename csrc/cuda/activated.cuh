@@ -289,19 +289,17 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
-    double sum_dy, dot;
-    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
+    const GradientSum sum = Sums::sums_of(p, a, *totals, channel);
     const auto saved = [&](int row) { return Sums::saved(a, row, channel); };
     // The mean as the normalisation has it, mean_hi = 0 included.
     const A mean_hi = saved(kSavedNormalise);
     const double mean_lo =
         (static_cast<double>(saved(kSavedMeanHi)) - static_cast<double>(mean_hi)) + saved(kSavedMeanLo);
     const double invstd = saved(kSavedInvstd);
-    const auto g =
-        gradient_coefficients<A, double>(mean_hi, mean_lo, invstd, 1.0, sum_dy, dot, static_cast<double>(p.count));
+    const auto g = gradient_coefficients<A, double>(mean_hi, mean_lo, invstd, 1.0, sum.dy, sum.dot, sum.count);
     const A c[6] = {mean_hi, saved(kSavedNormalise + 1), g.dy_hi, g.slope, g.offset, saved(kSavedNormalise + 2)};
     for (int k = 0; k < kCoefficients; ++k) out[k * channels + j] = c[k];
-    if (owner) Sums::put_parameters(a, channel, sum_dy, dot, invstd);
+    if (owner) Sums::put_sums(a, channel, sum, invstd);
   }
 };
 

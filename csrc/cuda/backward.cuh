@@ -94,17 +94,18 @@ struct GradientSums {
            saved(a, kSavedMeanLo, channel);
   }
 
-  // sum(dy) and sum(dy * (x - mean)), from the sums around the shift.
-  static __device__ void sums_of(const Args& a, const Partial<double>& total, int64_t channel, double* sum_dy,
-                                 double* dot) {
-    *sum_dy = total[0] + total[1];
-    *dot = (total[2] + total[3]) - beyond_shift(a, channel) * *sum_dy;
+  // sum(dy) and sum(dy * (x - mean)), from the sums around the shift, or what a stage is given.
+  static __device__ GradientSum sums_of(const Plan& p, const Args& a, const Partial<double>& total, int64_t channel) {
+    if (a.stage.given) return given_sums(a.stage, channel, a.shape.c);
+    const double sum_dy = total[0] + total[1];
+    return {static_cast<double>(p.count), sum_dy, (total[2] + total[3]) - beyond_shift(a, channel) * sum_dy};
   }
 
-  // Gradients of the parameters from sum_dy and the dot product with x - mean.
-  static __device__ void put_parameters(const Args& a, int64_t channel, double sum_dy, double dot, double invstd) {
-    write(a.grad_bias, channel, sum_dy);
-    write(a.grad_weight, channel, dot * invstd);
+  // The owner's part: gradients of the parameters, or a stage's result.
+  static __device__ void put_sums(const Args& a, int64_t channel, const GradientSum& sum, double invstd) {
+    if (a.stage.result) return put_result(a.stage, channel, a.shape.c, sum);
+    write(a.grad_bias, channel, sum.dy);
+    write(a.grad_weight, channel, sum.dot * invstd);
   }
 };
 
@@ -130,17 +131,16 @@ struct Backward : GradientSums<T, V> {
   static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
                                 int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
-    double sum_dy, dot;
-    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
+    const GradientSum sum = Sums::sums_of(p, a, *totals, channel);
     const double invstd = Sums::saved(a, kSavedInvstd, channel);
     if (a.dx) {
-      const auto g = gradient_coefficients<A, double>(
-          Sums::saved(a, kSavedMeanHi, channel), Sums::saved(a, kSavedMeanLo, channel), invstd,
-          read(a.weight, channel, 1), sum_dy, dot, static_cast<double>(p.count));
+      const auto g =
+          gradient_coefficients<A, double>(Sums::saved(a, kSavedMeanHi, channel), Sums::saved(a, kSavedMeanLo, channel),
+                                           invstd, read(a.weight, channel, 1), sum.dy, sum.dot, sum.count);
       const A c[5] = {g.mean_hi, g.dy_hi, g.scale, g.slope, g.offset};
       for (int k = 0; k < 5; ++k) out[k * channels + j] = c[k];
     }
-    if (owner) Sums::put_parameters(a, channel, sum_dy, dot, invstd);
+    if (owner) Sums::put_sums(a, channel, sum, invstd);
   }
 };
 
@@ -161,12 +161,10 @@ struct EvaluationBackward : GradientSums<T, V> {
     return scaled(in[0], c);
   }
 
-  static __device__ void finish(const Plan&, const Args& a, const Partial<double>* totals, bool valid, int64_t channel,
-                                int, int, int lane, bool owner, double, A*) {
+  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
+                                int64_t channel, int, int, int lane, bool owner, double, A*) {
     if (!valid || lane != 0 || !owner) return;
-    double sum_dy, dot;
-    Sums::sums_of(a, *totals, channel, &sum_dy, &dot);
-    Sums::put_parameters(a, channel, sum_dy, dot, Sums::saved(a, kSavedInvstd, channel));
+    Sums::put_sums(a, channel, Sums::sums_of(p, a, *totals, channel), Sums::saved(a, kSavedInvstd, channel));
   }
 };
 

@@ -164,19 +164,24 @@ struct Forward : Affine<T, V> {
   static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
                                 int64_t channel, int j, int channels, int lane, bool owner, double momentum, A* out) {
     const Partial<double>& total = *totals;
-    const double mean = total[1] + total[2];
-    double m2 = total[3];
-    const bool overflow = valid && sizeof(A) == sizeof(float) && !(m2 <= 3e38) && is_finite(mean);
+    Moments<double> m{static_cast<double>(p.count), total[1], total[2], total[3]};
+    const double own = m.mean_hi + m.mean_lo;
+    const bool overflow = valid && !a.stage.given && sizeof(A) == sizeof(float) && !(m.m2 <= 3e38) && is_finite(own);
     if (__any_sync(kAllLanes, overflow)) {
-      const double wide = wide_m2(a, channel, overflow, mean, lane, p.lanes);
-      if (overflow) m2 = wide;
+      const double wide = wide_m2(a, channel, overflow, own, lane, p.lanes);
+      if (overflow) m.m2 = wide;
     }
     if (!valid || lane != 0) return;
-    const double count = static_cast<double>(p.count);
-    set_channel<T, V>(a, channel, total[1], total[2], m2 / count, j, channels, out, owner);
+    if (a.stage.given) m = given_moments(a.stage, channel, a.shape.c);
+    if (a.stage.result) {
+      if (owner) put_result(a.stage, channel, a.shape.c, m);
+      return;
+    }
+    set_channel<T, V>(a, channel, m.mean_hi, m.mean_lo, m.m2 / m.count, j, channels, out, owner);
     if (owner && a.running_mean) {
+      const double mean = m.mean_hi + m.mean_lo, unbiased = m.m2 / (m.count - 1);
       write(a.running_mean, channel, running_update(read(a.running_mean, channel, 0), mean, momentum));
-      write(a.running_var, channel, running_update(read(a.running_var, channel, 0), m2 / (count - 1), momentum));
+      write(a.running_var, channel, running_update(read(a.running_var, channel, 0), unbiased, momentum));
     }
   }
 };

@@ -40,6 +40,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, bool alone, 
 
 template <class Op>
 cudaError_t reduce_and_apply(const Plan& plan, const typename Op::Args& args, void* workspace, cudaStream_t stream) {
+  if (args.stage.given) return launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kApply});
   if (plan.exchange != Exchange::kTwoLaunches) {
     return launch(reduce_kernel<Op>, plan, false, stream, plan, args, workspace, kReduce | kApply);
   }

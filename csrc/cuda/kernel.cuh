@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Partial<double> totals[G] = {};
 #pragma unroll
       for (int g = 0; g < G; ++g) {
+        if (args.stage.given) break;
         Partial<A>* const of_block = results + g * plan.tile_channels + j;
         if (plan.splits == 1 || plan.pooled) {
           if (!valid) continue;

@@ -33,6 +33,7 @@ struct Request {
   bool output, reduces, keeps;
   TensorRef second;     // output, laid out as the first
   bool places = false;  // the output's strides count also where it is absent
+  bool given = false;   // what it reduces is merged already: one sweep, and nothing meets
   // Bytes beside the operands: those that each sweep reads, or the writing one alone, and that it writes.
   int64_t beside = 0, beside_once = 0, beside_written = 0;
   int64_t written() const { return output + bool(second); }
@@ -190,7 +191,7 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   if (exchange == Exchange::kCluster) p->splits = splits;  // the last may have no row
   p->exchange = p->splits == 1 ? Exchange::kNone : exchange;
   const int64_t thread_rows = (p->split_rows + p->ty - 1) / p->ty;
-  const bool can_keep = r.keeps && p->vector > 1 && p->exchange != Exchange::kTwoLaunches && m.row > 0;
+  const bool can_keep = r.keeps && !r.given && p->vector > 1 && p->exchange != Exchange::kTwoLaunches && m.row > 0;
   const int64_t room = p->blocks() <= d.sms ? m.lone_room : m.room;
   p->kept = can_keep ? static_cast<int>(std::min(thread_rows, room / m.row)) : 0;
   p->shared_bytes = m.fixed + p->kept * m.row;
@@ -198,7 +199,7 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   const int64_t kept_rows = std::min<int64_t>(int64_t{p->kept} * p->ty, p->split_rows);
   // Rows beyond the kept ones, of all splits.
   int64_t again = 0;
-  if (r.reduces && r.output && r.pass != Pass::kInferenceBackward) {
+  if (r.reduces && r.output && !r.given && r.pass != Pass::kInferenceBackward) {
     const int64_t whole = p->rows / p->split_rows, last = p->rows % p->split_rows;
     again = whole * (p->split_rows - kept_rows) + std::max<int64_t>(0, last - kept_rows);
     again = again * p->vectors * p->vector * bytes + p->tail * bytes;
@@ -206,7 +207,7 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   // A pass that writes while it sums comes back to the incomplete row alone.
   const bool one_pass = r.reduces && r.output && r.pass == Pass::kInferenceBackward;
   const int64_t tail = (p->groups - 1 + one_pass) * p->tail * bytes;  // each group of sums reads it for itself
-  const int64_t sweeps = r.reduces && r.output && !one_pass ? 2 : 1;
+  const int64_t sweeps = r.reduces && r.output && !one_pass && !r.given ? 2 : 1;
   p->read_bytes = r.inputs * (tensor + again + tail) + sweeps * r.beside + r.beside_once;
   p->write_bytes = r.written() * tensor + r.beside_written;
   p->launches = p->exchange == Exchange::kTwoLaunches ? 2 : 1;
@@ -260,7 +261,7 @@ Plan make_plan(const Request& r, const Device& d) {
     if (p.tx == previous || (wanted == 1 && !p.planes)) continue;
     previous = p.tx;
     const int64_t most = std::max<int64_t>(1, (p.rows + p.ty - 1) / p.ty);
-    if (!r.reduces) {
+    if (!r.reduces || r.given) {
       // Nothing meets: as many splits as give every SM some blocks, of a few rows a thread.
       const int64_t filled = std::max<int64_t>(1, 8 * d.sms / p.tiles);
       consider(p, std::min(filled, std::max<int64_t>(1, most / 4)), Exchange::kNone);
@@ -283,12 +284,14 @@ Plan make_plan(const Request& r, const Device& d) {
 }  // namespace
 
 Plan plan_forward(const ForwardArgs& a, const Device& d) {
-  Request r{Pass::kForward, a.shape, a.dtype, {a.x}, 1, true, a.training, a.training};
+  const bool output = bool(a.y);
+  Request r{Pass::kForward, a.shape, a.dtype, {a.x}, 1, output, a.training, a.training && output};
   if (!a.training) r.pass = Pass::kInference;
+  r.given = a.stage.given;
   if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
   if (a.epilogue.residual && a.training) r.beside_once = a.shape.numel() * element_bytes(a.dtype);
   if (a.epilogue.residual && !a.training) r.operand[r.inputs++] = a.epilogue.residual;
-  r.operand[r.inputs] = a.y;
+  if (output) r.operand[r.inputs] = a.y;
   return make_plan(r, d);
 }
 
@@ -303,6 +306,7 @@ static Plan plan_activated_backward(const BackwardArgs& a, const Device& d) {
   r.operand[r.inputs] = a.grad_residual ? a.grad_residual : a.dx;
   if (a.grad_residual && a.dx) r.second = a.dx;
   if (a.epilogue.mask) r.places = true, r.beside = bytes_of_mask(a.shape, a.dtype);
+  r.given = a.stage.given;
   return make_plan(r, d);
 }
 
@@ -319,6 +323,7 @@ Plan plan_backward(const BackwardArgs& a, const Device& d) {
             a.training && output};
   if (sums) r.operand[1] = a.x;
   if (output) r.operand[r.inputs] = a.dx;
+  r.given = a.stage.given;
   return make_plan(r, d);
 }
 

@@ -120,11 +120,11 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
   Tensor output, saved, mask;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    std::tie(output, saved, mask) = training
-                                        ? forward_op().call(input, weight, bias, running_mean, running_var, count,
-                                                            momentum, eps, none, none, residual, activation, slope)
-                                        : forward_op().call(input, weight, bias, none, none, none, std::nullopt, eps,
-                                                            running_mean, running_var, residual, activation, slope);
+    std::tie(output, saved, mask) =
+        training ? forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, none, none,
+                                     residual, activation, slope, none)
+                 : forward_op().call(input, weight, bias, none, none, none, std::nullopt, eps, running_mean,
+                                     running_var, residual, activation, slope, none);
   }
   auto node = make_node<BatchNormBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor()),
@@ -161,7 +161,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   if (training) {
     const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
     return std::get<0>(forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, {}, {},
-                                         residual, activation, slope));
+                                         residual, activation, slope, {}));
   }
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");

@@ -158,6 +158,31 @@ Tensor statistics_like(const Tensor& input, at::IntArrayRef size) {
   return input.numel() == 0 ? at::zeros(size, statistics_options(input)) : at::empty(size, statistics_options(input));
 }
 
+at::TensorOptions stage_options(const Tensor& input) { return input.options().dtype(at::kDouble); }
+
+// The results of a stage that all parts of a batch have brought together; returns what keeps them alive.
+Tensor set_given(Stage* stage, const Tensor& given, const Tensor& input, int64_t rows, const char* name) {
+  TORCH_CHECK(given.dim() == 3 && given.size(0) > 0 && given.size(1) == rows && given.size(2) == input.size(1) &&
+                  given.scalar_type() == at::kDouble && given.device() == input.device() &&
+                  given.layout() == at::kStrided,
+              name, " should be a float64 tensor of size (parts, ", rows, ", ", input.size(1), ") on ", input.device(),
+              ", but is ", given.toString(), " of size ", given.sizes(), " on ", given.device());
+  (void)data_of(given);
+  const Tensor dense = given.contiguous();
+  stage->given = static_cast<const double*>(data_of(dense));
+  stage->parts = dense.size(0);
+  return dense;
+}
+
+// A stage's result, of an input without elements: zero.
+Tensor make_result(Stage* stage, const Tensor& input, int64_t rows) {
+  const auto options = stage_options(input);
+  const Tensor result =
+      input.numel() == 0 ? at::zeros({rows, input.size(1)}, options) : at::empty({rows, input.size(1)}, options);
+  stage->result = static_cast<double*>(result.mutable_data_ptr());
+  return result;
+}
+
 // What both forwards share: checks and views of the per-channel vectors.
 void set_vectors(ForwardArgs* a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& mean, const OptionalTensor& var) {
@@ -178,6 +203,11 @@ void set_outputs(ForwardCall* call, const Tensor& input, const After& after, boo
     a.saved = call->saved.mutable_data_ptr();
   }
   if (call->empty) return;
+  if (input.numel() == 0) {  // a part without values, whose batch has some: the kernels then look at no element
+    a.shape = {1, a.shape.c, 1};
+    a.x = {a.saved, a.shape.c, 1, 1};
+    return;
+  }
   if (a.epilogue.residual) call->residual = *after.residual;
   a.x = input_ref(input);
   a.y = output_ref(call->output);
@@ -192,15 +222,17 @@ void ForwardCall::count_batch() const {
 ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                             const After& after) {
+                             const After& after, const OptionalTensor& moments) {
   ForwardCall call;
   ForwardArgs& a = call.args;
   a.epilogue = epilogue_of(input, after);
   a.shape = shape_of(input);
-  TORCH_CHECK_VALUE(a.shape.count() != 1, "Expected more than 1 value per channel when training, got input size ",
-                    size_text(input));
+  const bool part = has(moments);
+  TORCH_CHECK_VALUE(part || a.shape.count() != 1,
+                    "Expected more than 1 value per channel when training, got input size ", size_text(input));
   check_eps(eps, true);
-  call.empty = input.numel() == 0;
+  call.empty = input.numel() == 0 && (!part || a.shape.c == 0);
+  if (part) call.merged = set_given(&a.stage, *moments, input, kMomentRows, "moments");
   if (!call.empty) {
     TORCH_CHECK_VALUE(has(running_mean) == has(running_var),
                       "running_mean and running_var must either both be None or neither be None");
@@ -212,6 +244,17 @@ ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, 
   a.momentum = momentum.value_or(0.0);
   a.eps = eps;
   set_outputs(&call, input, after, true, {});
+  return call;
+}
+
+ForwardCall prepare_moments(const Tensor& input) {
+  ForwardCall call;
+  ForwardArgs& a = call.args;
+  a.shape = shape_of(input);
+  a.dtype = dtype_of(input, "batch_norm");
+  call.empty = input.numel() == 0;
+  call.output = make_result(&a.stage, input, kMomentRows);
+  if (!call.empty) a.x = input_ref(input);
   return call;
 }
 
@@ -236,7 +279,8 @@ ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight
 
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, bool training, std::array<bool, 4> output_mask,
-                              OptionalType bias_dtype, const OptionalTensor& mask, const After& after) {
+                              OptionalType bias_dtype, const OptionalTensor& mask, const After& after,
+                              const OptionalTensor& sums) {
   BackwardCall call;
   BackwardArgs& a = call.args;
   const Epilogue epilogue = epilogue_of(input, after);
@@ -251,6 +295,11 @@ BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, co
   if (has(mask)) {
     check_mask(*mask, input, epilogue.activation);
     if (mask->numel() > 0) a.epilogue.mask = static_cast<uint8_t*>(const_cast<void*>(data_of(*mask)));
+  }
+  if (has(sums)) {
+    TORCH_CHECK_VALUE(training && !output_mask[1] && !output_mask[2],
+                      "sums are those of a batch in training; the gradients of weight and bias are its parts' own");
+    call.sums = set_given(&a.stage, *sums, input, kSumRows, "sums");
   }
   const auto none = [&] { return at::empty({0}, statistics_options(input)); };
   const auto parameter = [&](bool wanted, OptionalType dtype) {
@@ -285,6 +334,13 @@ BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, co
   }
   if (output_mask[1]) a.grad_weight = vector_ref(call.grad_weight, input, "grad_weight", true);
   if (output_mask[2]) a.grad_bias = vector_ref(call.grad_bias, input, "grad_bias", true);
+  return call;
+}
+
+BackwardCall prepare_sums(const Tensor& grad_output, const Tensor& input, const Tensor& saved,
+                          const OptionalTensor& mask, const After& after) {
+  BackwardCall call = prepare_backward(grad_output, input, {}, saved, true, {}, {}, mask, after);
+  call.sums = make_result(&call.args.stage, input, kSumRows);
   return call;
 }
 

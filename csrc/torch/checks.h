@@ -28,6 +28,7 @@ struct ForwardCall {
   ForwardArgs args;
   Tensor output, saved, mask;
   Tensor residual;  // what args have of it
+  Tensor merged;    // what args.stage is given
   Tensor count;     // num_batches_tracked, where no kernel counts
   bool empty = false;
   // To be called once the kernel ran: an empty batch counts too, as in nn.BatchNorm1d.
@@ -38,6 +39,7 @@ struct BackwardCall {
   BackwardArgs args;
   Tensor grad_output;  // keeps a converted gradient alive
   Tensor grad_input, grad_weight, grad_bias, grad_residual;
+  Tensor sums;  // what args.stage is given, or its result
   bool empty = false;
   Gradients gradients() const { return {grad_input, grad_weight, grad_bias, grad_residual}; }
 };
@@ -89,7 +91,9 @@ Activation activation_of(std::string_view name);
 ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                             const After& after);
+                             const After& after, const OptionalTensor& moments);
+// output is the moments.
+ForwardCall prepare_moments(const Tensor& input);
 
 // saves: for a backward. output is written where given, else a new tensor.
 ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -99,7 +103,10 @@ ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight
 // bias_dtype: of the bias whose gradient is wanted; none: weight's, or that of the statistics.
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, bool training, std::array<bool, 4> output_mask,
-                              OptionalType bias_dtype, const OptionalTensor& mask, const After& after);
+                              OptionalType bias_dtype, const OptionalTensor& mask, const After& after,
+                              const OptionalTensor& sums = {});
+BackwardCall prepare_sums(const Tensor& grad_output, const Tensor& input, const Tensor& saved,
+                          const OptionalTensor& mask, const After& after);
 
 DoubleBackwardCall prepare_double_backward(const Arriving& arriving, const Tensor& grad_output, const Tensor& input,
                                            const OptionalTensor& weight, const Tensor& saved, bool training,

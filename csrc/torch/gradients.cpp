@@ -70,7 +70,7 @@ struct FirstGradients : torch::autograd::Function<FirstGradients> {
     const auto wanted = mask_of_norm(bits);
     const auto gradients =
         as_inputs(backward_op().call(dy, input, weight, saved, training, {wanted[0], wanted[1], wanted[2], false},
-                                     type_of(bits), {}, {}, "identity", 0),
+                                     type_of(bits), {}, {}, "identity", 0, {}),
                   std::array<bool, 4>{true, true, true, true}, 4);
     ctx->save_for_backward({dy, input, weight.value_or(Tensor()), saved});
     ctx->set_materialize_grads(false);
@@ -175,7 +175,7 @@ variable_list gradients(const Tensor& dy, Kept k) {
   if (!wanted[0] && !wanted[1] && !wanted[2] && !wanted[3]) return list;
   auto [dx, dw, db, dr] =
       backward_op().call(dy, k.input, optional(k.weight), k.saved, k.training, wanted, type_of(k.bits),
-                         optional(k.residual), optional(k.mask), k.activation, k.slope);
+                         optional(k.residual), optional(k.mask), k.activation, k.slope, {});
   if (wanted[0]) list[0] = std::move(dx);
   if (wanted[1]) list[1] = std::move(dw);
   if (wanted[2]) list[2] = std::move(db);

@@ -18,7 +18,7 @@ using Forward = Forwarded(const Tensor& input, const OptionalTensor& weight, con
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                           const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& residual,
-                          std::string_view activation, double slope);
+                          std::string_view activation, double slope, const OptionalTensor& moments);
 using Inference = Tensor(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const Tensor& running_mean, const Tensor& running_var, double eps,
                          const OptionalTensor& residual, std::string_view activation, double slope);
@@ -28,7 +28,7 @@ using InPlace = void(const Tensor& input, const OptionalTensor& weight, const Op
 using Backward = Gradients(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                            const Tensor& saved, bool training, std::array<bool, 4> output_mask, OptionalType bias_dtype,
                            const OptionalTensor& residual, const OptionalTensor& mask, std::string_view activation,
-                           double slope);
+                           double slope, const OptionalTensor& sums);
 using DoubleBackward = ThreeTensors(const OptionalTensor& gg_input, const OptionalTensor& gg_weight,
                                     const OptionalTensor& gg_bias, const Tensor& grad_output, const Tensor& input,
                                     const OptionalTensor& weight, const Tensor& saved, bool training,
@@ -51,21 +51,29 @@ struct Operators {
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                            const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& residual,
-                           std::string_view activation, double slope) {
+                           std::string_view activation, double slope, const OptionalTensor& moments) {
     const Guard guard(input);
     const After after{residual, activation, slope};
     ForwardCall call;
     if (has(mean) || has(var)) {
       TORCH_CHECK(!has(running_mean) && !has(running_var) && !has(num_batches_tracked),
                   "with mean and var given there are no running statistics to move");
+      TORCH_CHECK(!has(moments), "statistics are either mean and var or those of moments");
       call = prepare_evaluation(input, weight, bias, mean.value_or(Tensor()), var.value_or(Tensor()), eps, after, true);
     } else {
-      call =
-          prepare_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, after);
+      call = prepare_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, after,
+                              moments);
     }
     if (!call.empty) Device::forward(input, call);
     call.count_batch();
     return call.results();
+  }
+
+  static Tensor moments(const Tensor& input) {
+    const Guard guard(input);
+    ForwardCall call = prepare_moments(input);
+    if (!call.empty) Device::forward(input, call);
+    return call.output;
   }
 
   static Tensor inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -93,13 +101,22 @@ struct Operators {
   static Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                             const Tensor& saved, bool training, std::array<bool, 4> output_mask,
                             OptionalType bias_dtype, const OptionalTensor& residual, const OptionalTensor& mask,
-                            std::string_view activation, double slope) {
+                            std::string_view activation, double slope, const OptionalTensor& sums) {
     const Guard guard(input);
     const BackwardCall call = prepare_backward(grad_output, input, weight, saved, training, output_mask, bias_dtype,
-                                               mask, {residual, activation, slope});
+                                               mask, {residual, activation, slope}, sums);
     const BackwardArgs& a = call.args;
     if (!call.empty && (a.dx || a.grad_residual || a.sums())) Device::backward(input, call);
     return call.gradients();
+  }
+
+  static Tensor gradient_sums(const Tensor& grad_output, const Tensor& input, const Tensor& saved,
+                              const OptionalTensor& residual, const OptionalTensor& mask, std::string_view activation,
+                              double slope) {
+    const Guard guard(input);
+    const BackwardCall call = prepare_sums(grad_output, input, saved, mask, {residual, activation, slope});
+    if (!call.empty) Device::backward(input, call);
+    return call.sums;
   }
 
   static ThreeTensors double_backward(const OptionalTensor& gg_input, const OptionalTensor& gg_weight,
@@ -118,9 +135,11 @@ struct Operators {
 
   static void add_to(torch::Library& m) {
     m.impl("batch_norm_forward", forward);
+    m.impl("batch_norm_moments", moments);
     m.impl("batch_norm_inference", inference);
     m.impl("batch_norm_inference_", inference_);
     m.impl("batch_norm_backward", backward);
+    m.impl("batch_norm_gradient_sums", gradient_sums);
     m.impl("batch_norm_double_backward", double_backward);
   }
 };

@@ -4,7 +4,8 @@
 
 // Optional inputs are fine with every tracer, optional outputs are not: what output_mask leaves out has no elements.
 // activation: identity, relu, leaky_relu, silu or gelu. saved: core/kernels.h's SavedRow. mask: core/activation.h's,
-// for backward's eyes only. bias_dtype: of the bias's gradient; none: weight's, or that of the statistics.
+// for backward's eyes only. moments, sums: float64, rows by core/kernels.h's MomentRow and SumRow. bias_dtype: of the
+// bias's gradient; none: weight's, or that of the statistics.
 TORCH_LIBRARY(bn_ext, m) {
   // act(batch_norm(input) + residual), differentiable, for eager mode: forward or inference, and its autograd node
   // (autograd.cpp).
@@ -14,23 +15,30 @@ TORCH_LIBRARY(bn_ext, m) {
       "str activation=\"identity\", float negative_slope=0.01) -> Tensor");
 
   // The kernels of a device. Forward returns the output, saved and a mask. By the batch's statistics, which move the
-  // running ones; with mean and var given by those, and nothing moves.
+  // running ones; with mean and var given by those, and nothing moves. By the statistics of a batch of which input is a
+  // part with the moments of all its parts given, (parts, 4, C).
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? mean=None, "
-      "Tensor? var=None, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor? var=None, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01, "
+      "Tensor? moments=None) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_moments(Tensor input) -> Tensor");
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "float eps, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) -> Tensor");
   m.def(
       "batch_norm_inference_(Tensor(a!) input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "float eps, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01) -> ()");
-  // The gradients with respect to input, weight, bias and residual.
+  // The gradients with respect to input, weight, bias and residual. Of a part of a batch with the sums of all parts
+  // given, (parts, 3, C): the gradients of weight and bias are then its own sums, the last one times invstd.
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, "
       "bool[4] output_mask, ScalarType? bias_dtype=None, Tensor? residual=None, Tensor? mask=None, "
-      "str activation=\"identity\", float negative_slope=0.01) -> (Tensor, Tensor, Tensor, Tensor)");
+      "str activation=\"identity\", float negative_slope=0.01, Tensor? sums=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_gradient_sums(Tensor grad_output, Tensor input, Tensor saved, Tensor? residual=None, "
+      "Tensor? mask=None, str activation=\"identity\", float negative_slope=0.01) -> Tensor");
   // From the gradients that arrive at those with respect to input, weight and bias (none: zero), without an activation,
   // the gradients with respect to grad_output, input and weight.
   m.def(

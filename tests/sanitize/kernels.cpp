@@ -156,7 +156,7 @@ struct Call {
   int64_t batches = 0;
   Operand x, y, dy, dx, residual, grad_residual, gg;
   Vector weight, bias, mean, var, grad_weight, grad_bias, gg_weight;
-  Memory saved, mask;
+  Memory saved, mask, moments, sums;
   bool has_residual = false, wants_input = false, wants_weight = false, wants_bias = false, cumulative = false;
 };
 
@@ -196,6 +196,8 @@ Call random_call() {
   c.gg_weight = Vector(c.shape.c, any_type(), false);
   c.saved = Memory(kSavedRows * c.shape.c * element_bytes(accumulate_type(c.type)), 0);
   c.mask = Memory(mask_bytes(c.shape.numel(), kCpuMaskElements), 0);
+  c.moments = Memory(2 * kMomentRows * c.shape.c * sizeof(double), 0);
+  c.sums = Memory(2 * kSumRows * c.shape.c * sizeof(double), 0);
   return c;
 }
 
@@ -206,6 +208,31 @@ void settle(Call* c) {
   for (Vector* v : {&c->weight, &c->bias, &c->mean, &c->var, &c->grad_weight, &c->grad_bias, &c->gg_weight}) {
     if (v->memory.size()) v->ref.data = v->memory.data();
   }
+}
+
+// Training in two stages, for a batch of two parts that are alike.
+void run_in_stages(Call* c, ForwardArgs forward, BackwardArgs backward, const cpu::Kernels& kernels,
+                   const Parallel& parallel) {
+  const auto twice = [](Memory* results) {
+    const size_t half = results->size() / 2;
+    std::memcpy(results->data() + half, results->data(), half);
+    return reinterpret_cast<const double*>(results->data());
+  };
+  ForwardArgs moments{c->shape, c->type, c->x.ref};
+  moments.stage.result = reinterpret_cast<double*>(c->moments.data());
+  kernels.forward(moments, parallel);
+  forward.training = backward.training = true;
+  forward.stage = {nullptr, twice(&c->moments), 2};
+  kernels.forward(forward, parallel);
+
+  BackwardArgs sums = backward;
+  sums.dx.data = sums.grad_residual.data = nullptr;
+  sums.grad_weight = sums.grad_bias = {};
+  sums.stage.result = reinterpret_cast<double*>(c->sums.data());
+  kernels.backward(sums, parallel);
+  backward.grad_weight = backward.grad_bias = {};
+  backward.stage = {nullptr, twice(&c->sums), 2};
+  kernels.backward(backward, parallel);
 }
 
 void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
@@ -243,6 +270,7 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   twice.grad_dy = c->grad_residual.ref;
   if (c->has_residual) twice.gg_weight = c->gg_weight.ref;
   kernels.double_backward(twice, parallel);
+  run_in_stages(c, forward, backward, kernels, parallel);
 
   const bool masked = c->has_residual && by_sign(c->activation);
   std::memset(c->mask.data(), 0, c->mask.size());
@@ -252,6 +280,7 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   if (!epilogue.activates()) return;
   if (c->has_residual) backward.grad_residual = c->grad_residual.ref;
   kernels.backward(backward, parallel);
+  run_in_stages(c, forward, backward, kernels, parallel);
 }
 
 bool same(const Call& a, const Call& b) {
@@ -259,7 +288,8 @@ bool same(const Call& a, const Call& b) {
   const auto vector = [](const Vector& p, const Vector& q) { return p.memory == q.memory; };
   return operand(a.x, b.x) && operand(a.y, b.y) && operand(a.dx, b.dx) && operand(a.grad_residual, b.grad_residual) &&
          vector(a.mean, b.mean) && vector(a.var, b.var) && vector(a.grad_weight, b.grad_weight) &&
-         vector(a.grad_bias, b.grad_bias) && a.saved == b.saved && a.mask == b.mask && a.batches == b.batches;
+         vector(a.grad_bias, b.grad_bias) && a.saved == b.saved && a.mask == b.mask && a.moments == b.moments &&
+         a.sums == b.sums && a.batches == b.batches;
 }
 
 }  // namespace

@@ -33,6 +33,9 @@ struct Call {
   double negative_slope;
   uint8_t* mask;
   int64_t training;
+  double* result;
+  const double* given;
+  int64_t parts;
 };
 
 bn_ext::Epilogue epilogue_of(const Call& call) {
@@ -49,6 +52,7 @@ Args common_args(const Call& call) {
   a.saved = call.saved;
   a.training = call.training != 0;
   a.epilogue = epilogue_of(call);
+  a.stage = {call.result, call.given, call.parts};
   return a;
 }
 

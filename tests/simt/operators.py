@@ -91,6 +91,9 @@ class Call(ctypes.Structure):
         ("negative_slope", ctypes.c_double),
         ("mask", ctypes.c_void_p),
         ("training", ctypes.c_int64),
+        ("result", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
+        ("parts", ctypes.c_int64),
     ]
 
     def set_tensor(self, name: str, t: Tensor, pointer: int) -> None:
@@ -163,6 +166,10 @@ class Inputs:
     training: bool = True
     mask: Tensor | None = None
     wants_residual: bool = False
+    # Of a pass in stages: end with the reduction and give its result; begin behind it, with those of all parts.
+    ends: bool = False
+    empty: bool = False  # a part without values: no output, and x is not looked at
+    given: Tensor | None = None
 
     @property
     def mask_bytes(self) -> int:
@@ -191,6 +198,7 @@ class Result:
     grad_grad_output: Tensor | None = None
     mask: Tensor | None = None
     grad_residual: Tensor | None = None
+    stage: Tensor | None = None  # what the first of two stages gives to the second
 
     @property
     def regime(self) -> tuple[str, str]:
@@ -336,7 +344,7 @@ def run(
     lib = library() if of is None else of
     with lib.session(device, seed=seed, **model) as s:
         placed = _Placed(s, align=align, left=seed % 2 == 1)
-        call, fused = _new_call(inputs.x), inputs.activation
+        call, fused, staged = _new_call(inputs.x), inputs.activation, inputs.ends or inputs.given is not None
         call.cumulative = inputs.momentum is None
         call.momentum = 0.0 if inputs.momentum is None else inputs.momentum
         call.eps = inputs.eps
@@ -378,28 +386,35 @@ def run(
             if pass_ == Pass.DOUBLE_BACKWARD:
                 assert inputs.gg_input is not None
                 tensor("gg_x", placed.put("gg_x", inputs.gg_input, constant=True))
-            for name in pass_.outputs(inputs.wants):
+            for name in pass_.outputs(inputs.wants) if not inputs.ends else ():
                 tensor(name, placed.like(name, inputs.x))
             options = {"dtype": inputs.statistics_dtype if inputs.weight is None else inputs.weight.dtype}
-            for name in pass_.vectors(inputs.wants):
+            for name in pass_.vectors(inputs.wants) if not staged else ():
                 if name.startswith("gg"):
                     value = getattr(inputs, name)
                     vector(name, None if value is None else placed.put(name, value, constant=True))
                 else:
                     vector(name, s.empty(name, (inputs.x.shape[1],), **options))
-        else:
+        elif not (inputs.ends or inputs.empty):
             tensor("y", held["x"] if inputs.in_place else placed.like("y", inputs.x))
         if pass_.backward:
             if saved is None:
                 saved = saved_by_evaluation(inputs)
             held["saved"] = placed.put("saved", saved, constant=True)
-        elif pass_ == Pass.FORWARD or (pass_ == Pass.INFERENCE and fused is not None):
+        elif (not inputs.ends and (pass_ == Pass.FORWARD)) or (pass_ == Pass.INFERENCE and fused is not None):
             held["saved"] = s.empty("saved", (6, inputs.x.shape[1]), inputs.statistics_dtype)
         if "saved" in held:
             call.saved = held["saved"].data_ptr()
         if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
             held["count"] = s.tensor("num_batches_tracked", torch.tensor([inputs.num_batches_tracked]))
             call.num_batches_tracked = held["count"].data_ptr()
+
+        if inputs.ends:
+            held["stage"] = s.empty("stage", (3 if pass_.backward else 4, inputs.x.shape[1]), torch.float64)
+            call.result = held["stage"].data_ptr()
+        if inputs.given is not None:
+            call.given = placed.put("given", inputs.given, constant=True).data_ptr()
+            call.parts = inputs.given.shape[0]
 
         plan = _ask(lib, pass_, call)
         workspace = None
@@ -412,7 +427,7 @@ def run(
         result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
         placed.check_constant()
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
-        names |= {"grad_dy": "grad_grad_output", "grad_residual": "grad_residual"}
+        names |= {"grad_dy": "grad_grad_output", "grad_residual": "grad_residual", "stage": "stage"}
         if inputs.leaves_mask:
             names["mask"] = "mask"
         if pass_ == Pass.FORWARD:
