@@ -214,24 +214,11 @@ def by_operator(
         return None
 
 
-def by_functions(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    *after: Any,
-) -> Tensor | None:
+def by_functions(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *others: Any) -> Tensor | None:
     """Return what by_operator does by our autograd.Functions, and what follows batch norm by torch's operations."""
+    weight, bias, num_batches_tracked, training, momentum, eps, *after = others
     if after:
-        return _step_by_step(
-            by_functions, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
-            *after,
-        )  # fmt: skip
+        return _step_by_step(by_functions, input, running_mean, running_var, *others)
     if not _are_plain(running_mean, running_var, training, momentum, eps):
         return None
     try:

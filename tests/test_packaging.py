@@ -28,6 +28,7 @@ TINY_OPS = """#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 namespace bn_ext {
 const char* isa_level() { return "default"; }
+void add_entry(struct _object*) {}
 }  // namespace bn_ext
 namespace {
 int64_t rank(const at::Tensor& x) { return x.dim(); }
@@ -207,7 +208,7 @@ def test_too_old_torch_is_refused_by_name(tmp_path: Path, tree: Path, build_envi
     (site / "torch-2.5.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.5.1\n")
     done = run(tmp_path / "bin/python", "-c", HOOKS, cwd=tree, check=False, PYTHONPATH=str(build_environment))
     assert done.returncode == 1
-    assert "needs torch 2.11 or later and this environment holds torch 2.5.1" in done.stdout.splitlines()[-1]
+    assert "needs torch 2.11 or later and this environment holds torch 2.5.1" in done.stdout.strip().splitlines()[-1]
 
 
 CUDA_PLAN = """
