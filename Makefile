@@ -27,7 +27,7 @@ help:
 	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
-	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-epyc'
+	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-xeon'
 	@echo 'make bench-compare BASE=file  run it and compare with an earlier result'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make docs    the pages of docs/ and the docstrings as a site: build/docs/index.html'
@@ -47,7 +47,7 @@ test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
 
-# All files that README.md and docs/ quote, about an hour: NAME=cpu-epyc writes over those of this kind of machine.
+# All files that README.md and docs/ quote, about an hour: NAME=cpu-xeon writes over those of this kind of machine.
 bench-all: $(STAMPS)/demo $(STAMPS)/built
 	$(PY) bench/bench_all.py --name $(NAME)
 

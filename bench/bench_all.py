@@ -1,6 +1,6 @@
 """Measure anew everything that README.md and docs/ quote: every result file, one after the other, on a quiet machine.
 
-    python bench/bench_all.py --name cpu-epyc        # writes bench/results/cpu-epyc-2t.jsonl and the others
+    python bench/bench_all.py --name cpu-xeon        # writes bench/results/cpu-xeon-2t.jsonl and the others
     python bench/bench_all.py --name mine --only memory,pairing
     python bench/bench_all.py --list
 

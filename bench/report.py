@@ -34,13 +34,17 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Against native: "faster" or "slower" when the ranges from p20 to p80 are apart, else "even"."""
-        ours, native = self.by_contender.get("bn_ext"), self.by_contender.get("nn")
-        if ours is None or native is None:
-            return "unknown"
-        if ours["p20_us"] > native["p80_us"]:
-            return "slower"
-        return "faster" if ours["p80_us"] < native["p20_us"] else "even"
+        return verdict(self, "bn_ext", "nn")
+
+
+def verdict(row: Row, ours: str, rival: str) -> str:
+    """Against a rival: "faster" or "slower" when the ranges from p20 to p80 are apart, else "even"."""
+    mine, theirs = row.by_contender.get(ours), row.by_contender.get(rival)
+    if mine is None or theirs is None:
+        return "unknown"
+    if mine["p20_us"] > theirs["p80_us"]:
+        return "slower"
+    return "faster" if mine["p80_us"] < theirs["p20_us"] else "even"
 
 
 def ratio(row: Row, slow: str, fast: str) -> float | None:

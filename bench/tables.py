@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/ from the result files that they quote.
 
-    python bench/tables.py                          # of bench/results/cpu-epyc-*.jsonl
+    python bench/tables.py                          # of bench/results/NAME-*.jsonl, NAME as below
     python bench/tables.py --name mine --print speed
     python bench/tables.py --check                  # status 1 where a page says other than its files
 
@@ -20,11 +20,12 @@ from pathlib import Path
 from scripting import end, needed
 
 with needed():
-    from report import Record, Row, busy, errors, geometric_mean, ratio, rows
+    from report import Record, Row, busy, errors, geometric_mean, ratio, rows, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+NAME = "cpu-xeon"  # what the names of the files begin with that the pages quote
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIRST_ORDER = ("forward", "forward_backward", "eval")
 KIND_OF_FUSION = {"bn+relu": "relu", "bn+add+relu": "add, relu"}
@@ -245,6 +246,37 @@ def at_growing_means(results: Results) -> str:
     return markdown(["mean/std", *names], lines)
 
 
+TIMED = ("-2t", "-2t-tcmalloc", "-2t-recycled", "-1t-recycled", "-2t-second-order", "-2t-second-order-tcmalloc")
+TIMED_FUSED = ("-2t-fusion", "-2t-fusion-tcmalloc")
+
+
+def slower(results: Results) -> str:
+    """Where bn_ext is slower beyond noise, of all files: than native, and with a fusion than each of its rivals."""
+
+    def judged(parts: Iterable[str], ours: str, rivals: Iterable[str]) -> tuple[list[str], int]:
+        found, count = [], 0
+        for part in parts:
+            records = results.records(part)
+            chains = dict.fromkeys(record.get("chain") for record in records)
+            timed = [(c, row) for c in chains for row in rows(r for r in records if r.get("chain") == c)]
+            for chain, row, rival in ((chain, row, rival) for chain, row in timed for rival in rivals):
+                told = verdict(row, ours, rival)
+                count += told != "unknown"
+                if told == "slower":
+                    words = (tensor(row), chain, row.mode.replace("_", " + ", 1), times(ratio(row, rival, ours)))
+                    found.append(f"{' '.join(word for word in words if word)} (`{part}`)")
+        return found, count
+
+    plain, of_plain = judged(TIMED, "bn_ext", ("nn",))
+    fused, of_fused = judged(TIMED_FUSED, "fused", ("nn", "separate", "compile"))
+    text = (
+        f"Slower than native beyond noise (the ranges from p20 to p80 are apart) at {len(plain)} of {of_plain} "
+        f"measurements{': ' * bool(plain)}{'; '.join(plain)}. With a fusion, slower than eager, separate or compiled "
+        f"rivals beyond noise at {len(fused)} of {of_fused} measurements{': ' * bool(fused)}{'; '.join(fused)}."
+    )
+    return textwrap.fill(text, 118, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
 def files(results: Results) -> str:
     """Of what commit each file is, and whether the machine had other work."""
     lines = []
@@ -287,6 +319,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "limit": limit,
     "fresh": fresh,
     "at_growing_means": at_growing_means,
+    "slower": slower,
     "files": files,
     "headline": headline,
 }
@@ -299,7 +332,7 @@ def filled(text: str, results: Results) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="cpu-epyc", help="what the files' names begin with (default: cpu-epyc)")
+    parser.add_argument("--name", default=NAME, help=f"what the files' names begin with (default: {NAME})")
     parser.add_argument(
         "--print", choices=TABLES, metavar="TABLE", help=f"print one, write nothing: {', '.join(TABLES)}"
     )

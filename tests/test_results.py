@@ -17,6 +17,7 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 import bench_all
 import environment
+import tables
 
 FILES = sorted((ROOT / "bench" / "results").glob("c*.jsonl"))
 KERNELS = ("csrc/core", "csrc/cpu")
@@ -50,7 +51,7 @@ def test_every_quoted_file_is_there() -> None:
 
 
 def test_every_quoted_file_is_measured_by_bench_all() -> None:
-    made = {f"cpu-epyc{part.name}" for part in bench_all.PARTS}
+    made = {f"{tables.NAME}{part.name}" for part in bench_all.PARTS}
     assert {file.stem for file in FILES} <= made
 
 
@@ -91,7 +92,7 @@ def test_the_figure_follows_its_files(
     monkeypatch.setattr(
         bench_all, "measure", lambda part, target, of: shutil.copy(measured[part.name], target) and None
     )
-    measured = {part: next(file for file in FILES if file.stem == f"cpu-epyc{part}") for part in bench_all.FIGURE}
+    measured = {part: next(file for file in FILES if file.stem == f"{tables.NAME}{part}") for part in bench_all.FIGURE}
     assert bench_all.main(["--anyway", "--name", "mine", "--only", "accuracy"]) == 0
     alone = (tmp_path / "mine-2t.png").read_bytes()
     assert bench_all.main(["--anyway", "--name", "mine", "--only", "2t"]) == 0

@@ -13,7 +13,7 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 import tables
 
-RESULTS = tables.Results("cpu-epyc")
+RESULTS = tables.Results(tables.NAME)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
@@ -65,6 +65,25 @@ def test_fusion_compares_with_what_is_fused(tmp_path: Path) -> None:
     made = tables.fusion(tables.Results("mine", tmp_path)).splitlines()
     assert made[2] == "| (8, 4) | relu | 3.00 | 2.00 | 4.50 | 3.00 | 6.00 | 4.00 | 9.00 |"
     assert made[3].startswith("| | add, relu | 3.00 |")
+
+
+def test_what_is_slower_is_named(tmp_path: Path) -> None:
+    """Beyond noise alone, of every file, each rival counted."""
+    plain = [
+        timed("bn_ext", 4.0, chain=None),
+        timed("nn", 2.0, chain=None),
+        timed("bn_ext", 4.0, chain=None, mode="forward_backward", p20_us=1.0),
+        timed("nn", 2.0, chain=None, mode="forward_backward"),
+    ]
+    fused = [timed(who, us) for who, us in (("fused", 3.0), ("nn", 6.0), ("separate", 1.5), ("compile", 3.0))]
+    parts = ("-2t", "-2t-tcmalloc", "-2t-recycled", "-1t-recycled", "-2t-second-order", "-2t-second-order-tcmalloc")
+    for part in parts:
+        (tmp_path / f"mine{part}.jsonl").write_text("".join(plain) if part == "-1t-recycled" else timed("bn_ext", 1.0))
+    for part in ("-2t-fusion", "-2t-fusion-tcmalloc"):
+        (tmp_path / f"mine{part}.jsonl").write_text("".join(fused) if part == "-2t-fusion" else timed("fused", 1.0))
+    told = " ".join(tables.slower(tables.Results("mine", tmp_path)).split())
+    assert "at 1 of 2 measurements: (8, 4) eval 0.50 (`-1t-recycled`)." in told
+    assert told.endswith("beyond noise at 1 of 3 measurements: (8, 4) bn+relu eval 0.50 (`-2t-fusion`).")
 
 
 def test_a_stale_page_is_named_then_written(
