@@ -138,12 +138,26 @@ def restored_on_error(*tensors: Tensor | None) -> Iterator[None]:
         raise
 
 
+_ALLOWS_MUTATION = getattr(torch.autograd.graph, "_CloneArgBeforeMutateMode", ())
+
+
+def _mutation_is_allowed() -> bool:
+    """Return whether torch.autograd.graph.allow_mutation_on_saved_tensors is on.
+
+    It looks for the memory of every argument that an operator may write, also of one that is None.
+    """
+    stack = range(torch._C._len_torch_dispatch_stack())
+    return any(isinstance(torch._C._get_dispatch_stack_at(i), _ALLOWS_MUTATION) for i in stack)
+
+
 def _are_plain(mean: object, var: object, training: bool, momentum: object, eps: object) -> bool:
-    """Return whether the numbers are what a schema's float takes without asking them to become one, and whether there
-    are statistics to go by; else native words the error.
+    """Return whether the numbers are what native takes without asking them to become that, and whether there are
+    statistics to go by; else native words the error.
     """
     kinds = (float, int)
-    numbers = isinstance(eps, kinds) and (momentum is None or isinstance(momentum, kinds))
+    numbers = (
+        isinstance(training, bool) and isinstance(eps, kinds) and (momentum is None or isinstance(momentum, kinds))
+    )
     return numbers and (training or (mean is not None and var is not None))
 
 
@@ -198,6 +212,8 @@ def by_operator(
             )  # fmt: skip
             if output is not None:
                 return output
+            if _mutation_is_allowed():
+                return None
         if not _are_plain(running_mean, running_var, training, momentum, eps):
             return None
         if inplace:

@@ -39,7 +39,7 @@ def state_of(norm: nn.BatchNorm1d) -> State:
             mean, var = norm.running_mean, norm.running_var
             batches = norm.num_batches_tracked if norm.training else None
         weight, bias = norm.weight, norm.bias
-    training = norm.training
+    training = bool(norm.training)
     if training and not norm.track_running_stats:
         mean = var = batches = None
     momentum = norm.momentum

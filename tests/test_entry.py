@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,9 @@ def test_the_operators_errors(case: str) -> None:
     assert torch.equal(given["running_mean"], before)
 
 
-def test_modes_for_operators_see_it() -> None:
+def test_modes_for_operators_see_the_operator() -> None:
+    """A call under a mode is left to the operator, which modes see."""
+
     class Recorder(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
@@ -163,23 +166,40 @@ def test_modes_for_operators_see_it() -> None:
             self.seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    norm, x, given = FusedBatchNorm1d(C).eval(), torch.randn(4, C), arguments()
     with Recorder() as recorder, torch.no_grad():
-        _C.batch_norm(*arguments(training=False).values())
+        assert _C.batch_norm(*given.values()) is None
+        assert recorder.seen == []
+        norm(x)
     assert "bn_ext.batch_norm_inference.default" in recorder.seen
 
 
 def test_other_threads_run_meanwhile() -> None:
-    """A call gives the interpreter's lock away: here it waits for a thread that has to run Python."""
-    ran = threading.Event()
+    """A call gives the interpreter's lock away: nothing else lets another thread run in between."""
+    ran, over = [0], threading.Event()
 
-    class Waiting(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            threading.Thread(target=ran.set).start()
-            assert ran.wait(60)
-            return func(*args, **(kwargs or {}))
+    def count() -> None:
+        while not over.is_set():
+            ran[0] += 1
+            time.sleep(0)  # gives the lock away, whatever the interval
 
-    with Waiting(), torch.no_grad():
-        assert _C.batch_norm(*arguments(training=False).values()) is not None
+    given = list(arguments(input=torch.randn(200_000, C)).values())
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count)
+    thread.start()
+    sys.setswitchinterval(1000)
+    try:
+        for _ in range(200):
+            before = ran[0]
+            _C.batch_norm(*given)
+            if ran[0] > before:
+                break
+        else:
+            pytest.fail("no other thread ran in 200 calls")
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        thread.join()
 
 
 def test_nothing_is_left_of_a_call() -> None:

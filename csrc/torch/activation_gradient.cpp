@@ -14,13 +14,6 @@
 namespace bn_ext {
 namespace {
 
-// Forward's mask as booleans of input's shape: element i of the output's memory, one after the other (activation.h).
-Tensor unpacked(const Tensor& mask, const Tensor& input) {
-  const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(mask_elements(input), mask.options()));
-  const Tensor flat = at::bitwise_and(bits, 1).reshape(-1);
-  return flat.as_strided(input.sizes(), at::empty_like(input).strides()).to(at::kBool);
-}
-
 // act'(v) * dy.
 Tensor activation_gradient(const Tensor& dy, const Tensor& v, Activation activation, double slope) {
   switch (activation) {
@@ -43,13 +36,19 @@ Tensor activation_gradient(const Tensor& dy, const Tensor& v, Activation activat
 
 }  // namespace
 
+Tensor unpacked_mask(const Tensor& mask, const Tensor& input) {
+  const Tensor bits = at::bitwise_right_shift(mask.unsqueeze(1), at::arange(mask_elements(input), mask.options()));
+  const Tensor flat = at::bitwise_and(bits, 1).reshape(-1);
+  return flat.as_strided(input.sizes(), at::empty_like(input).strides()).to(at::kBool);
+}
+
 Tensor through_activation(const Tensor& dy, const Tensor& input, Activation activation, double slope,
-                          const Tensor& mask, const std::function<Tensor()>& argument) {
+                          const Tensor& passed, const std::function<Tensor()>& argument) {
   if (activation == Activation::kIdentity) return dy;
   const Tensor wide = dy.to(statistics_options(input).dtype().toScalarType());
-  if (!mask.defined() || mask.sym_numel() == 0) return activation_gradient(wide, argument(), activation, slope);
+  if (!passed.defined()) return activation_gradient(wide, argument(), activation, slope);
   const Tensor blocked = activation == Activation::kReLU ? at::zeros_like(wide) : wide * slope;
-  return at::where(unpacked(mask, input), wide, blocked);
+  return at::where(passed, wide, blocked);
 }
 
 }  // namespace bn_ext

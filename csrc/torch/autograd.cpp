@@ -44,23 +44,20 @@ struct BatchNormBackward : torch::autograd::Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* v : variables()) v->reset_data();
-    rest.bias.reset();
   }
 
   // Compiled autograd: what the graph depends on, and the call of gradients that it records.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (SavedVariable* v : const_cast<BatchNormBackward*>(this)->variables()) args.collect(*v, false);
-    args.collect(rest.bias);
     for_each_value(rest, [&](const auto& value) { args.collect(value); });
   }
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
     for (SavedVariable* v : variables()) swap.before(*v);
-    swap.before(rest.bias);
     const Kept k = unpacked();
     PackedArgs packed;
-    packed.pack(std::vector<Tensor>{k.input, k.weight, k.saved, k.residual, k.mask, k.bias.value_or(Tensor())});
+    packed.pack(std::vector<Tensor>{k.input, k.weight, k.saved, k.residual, k.mask});
     for_each_value(k, [&](const auto& value) { packed.pack(value); });
     const auto args = std::move(packed).vec();
     std::vector<at::TypePtr> types;
@@ -71,7 +68,6 @@ struct BatchNormBackward : torch::autograd::Node {
     const auto function = python->bind_function(swap.get_py_compiler(), name(), from_packed, types, true, true);
     auto result = python->call_function(swap.get_py_compiler(), "apply_functional", function, grads, args, outputs);
     for (SavedVariable* v : variables()) swap.after(*v);
-    swap.after(rest.bias);
     return result;
   }
 
@@ -88,13 +84,14 @@ struct BatchNormBackward : torch::autograd::Node {
     Kept k = rest;
     k.input = input.unpack(), k.weight = weight.unpack(), k.saved = saved.unpack();
     k.residual = residual.unpack(), k.mask = mask.unpack();
+    k.bias = next_edge(2);
     return k;
   }
 
   static variable_list from_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     const auto t = packed.unpack<std::vector<Tensor>>();
-    Kept k{t[0], t[1], t[2], t[3], t[4], optional(t[5])};
+    Kept k{t[0], t[1], t[2], t[3], t[4]};
     for_each_value(k, [&](auto& value) { value = packed.unpack<std::decay_t<decltype(value)>>(); });
     return gradients(grads[0], std::move(k));
   }
@@ -110,6 +107,18 @@ auto make_node() {
   }
 }
 
+// What backward will look at again.
+struct Keeps {
+  // The residual is kept, not copied, where backward computes the activation's argument anew; forward's mask spares it.
+  bool residual;
+  // The input of batch norm's own gradients, or of that argument; a residual alone needs neither.
+  bool input;
+  Keeps(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& added,
+        Activation kind)
+      : residual(has(added) && kind != Activation::kIdentity && !by_sign(kind)),
+        input(residual || x.requires_grad() || requires_grad(weight) || requires_grad(bias)) {}
+};
+
 Tensor recorded(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                 const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& count,
                 bool training, std::optional<double> momentum, double eps, const OptionalTensor& residual,
@@ -117,6 +126,15 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
   const auto& transforms = at::functorch::functorchTLSAccessor();
   if (transforms) transforms->checkSupportsCppAutogradFunction();
   const OptionalTensor none;
+  const Activation kind = activation_of(activation);
+  const Keeps keeps(input, weight, bias, residual, kind);
+  auto node = make_node<BatchNormBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor()),
+                                                           residual.value_or(Tensor())));
+  // Before the statistics move, as a hook may refuse what is saved.
+  if (keeps.input) node->input = SavedVariable(input, false);
+  if (has(weight)) node->weight = SavedVariable(*weight, false);
+  if (keeps.residual) node->residual = SavedVariable(*residual, false);
   Tensor output, saved, mask;
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -126,22 +144,10 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
                  : forward_op().call(input, weight, bias, none, none, none, std::nullopt, eps, running_mean,
                                      running_var, residual, activation, slope, none);
   }
-  auto node = make_node<BatchNormBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor()),
-                                                           residual.value_or(Tensor())));
-  const Activation kind = activation_of(activation);
   const bool by_mask = mask.sym_numel() != 0;
-  // The residual is kept, not copied, where backward computes the activation's argument anew.
-  const bool keep = has(residual) && kind != Activation::kIdentity && !by_mask;
-  // The input of batch norm's own gradients, or of the activation's argument; a residual alone needs neither.
-  const bool of_norm = input.requires_grad() || requires_grad(weight) || requires_grad(bias);
-  if (of_norm || keep) node->input = SavedVariable(input, false);
-  if (has(weight)) node->weight = SavedVariable(*weight, false);
-  if (keep) node->residual = SavedVariable(*residual, false);
   if (by_mask) node->mask = SavedVariable(mask, false);
   node->saved = SavedVariable(saved, false);
   Kept& rest = node->rest;
-  if (kind != Activation::kIdentity) rest.bias = bias;
   // Symbolic in a graph that is being traced: what its backward gets has forward's strides.
   if (by_mask && !output.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) rest.strides = output.strides().vec();
   rest.training = training;
@@ -181,11 +187,16 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
   check_no_gradient(running_mean, "running_mean");
   check_no_gradient(running_var, "running_var");
   check_can_be_counted(num_batches_tracked);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !forward_mode() || !(has_tangent(input) || has_tangent(weight.value_or(Tensor())) ||
+                           has_tangent(bias.value_or(Tensor())) || has_tangent(residual.value_or(Tensor()))),
+      "Trying to use forward AD with bn_ext::batch_norm, which has no rule for it");
   const bool graph = needs_graph(input, weight, bias, residual);
   if (graph) {
-    check_can_be_saved(input);
+    const Keeps keeps(input, weight, bias, residual, activation_of(activation));
+    if (keeps.input) check_can_be_saved(input);
     check_can_be_saved(weight);
-    check_can_be_saved(residual);
+    if (keeps.residual) check_can_be_saved(residual);
   }
   if (graph && (training || (has(running_mean) && has(running_var)))) {
     const OptionalTensor count = training ? counter_of(num_batches_tracked, input, momentum) : std::nullopt;

@@ -33,7 +33,14 @@ struct Channels {
     }
     const auto row = [&](SavedRow which) { return vector(saved->select(0, which)); };
     const Tensor x = wide(input);
-    const Tensor centred = batch ? x - mean(x) : (x - row(kSavedMeanHi)) - row(kSavedMeanLo);
+    Tensor centred;
+    if (batch) {
+      // Around a constant near the mean first: in one step each value would keep the rounding of a large mean.
+      const Tensor near = x - (has(saved) ? row(kSavedMeanHi) : mean(x)).detach();
+      centred = near - mean(near);
+    } else {
+      centred = (x - row(kSavedMeanHi)) - row(kSavedMeanLo);
+    }
     invstd = batch ? at::rsqrt(mean(centred.square()) + eps) : row(kSavedInvstd);
     normalised = centred * invstd;
     scale = has(weight) ? invstd * vector(*weight) : invstd;

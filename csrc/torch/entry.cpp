@@ -1,5 +1,6 @@
 // The way in from Python for eager calls: bn_ext._C.batch_norm, which is torch.ops.bn_ext.batch_norm without a schema
 // to match and a stack of values to fill, half of what that call costs. It goes through the dispatcher all the same.
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -37,14 +38,16 @@ struct Arguments {
   }
 };
 
-// None where any argument is other than it is nearly always, or the call is recorded: the operator then deals with it.
+// None where any argument is other than it is nearly always, or somebody records or watches the call: the operator then
+// deals with it.
 PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
   HANDLE_TH_ERRORS
   static const auto op = handle<schema::BatchNorm>("bn_ext::batch_norm");
   const Arguments a{args, given};
   OptionalTensor input, running_mean, running_var, weight, bias, count, residual;
   double eps = 0, momentum = 0, slope = 0.01;
-  if (given < Arguments::kRequired || given > Arguments::kCount || torch::jit::tracer::isTracing()) Py_RETURN_NONE;
+  if (given < Arguments::kRequired || given > Arguments::kCount) Py_RETURN_NONE;
+  if (torch::jit::tracer::isTracing() || c10::impl::TorchDispatchModeTLS::any_modes_set()) Py_RETURN_NONE;
   if (!a.tensor(0, &input) || !input.has_value()) Py_RETURN_NONE;
   if (!a.tensor(1, &running_mean) || !a.tensor(2, &running_var) || !a.tensor(3, &weight) || !a.tensor(4, &bias) ||
       !a.tensor(5, &count) || !a.tensor(9, &residual)) {

@@ -3,8 +3,11 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/ones_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
 
 #include "activation_gradient.h"
 #include "composite.h"
@@ -51,12 +54,9 @@ bool transformed() {
   return c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          c10::impl::tls_is_dispatch_key_included(DispatchKey::VmapMode);
 }
-bool needs_composite(std::initializer_list<const Tensor*> tensors) {
-  if (transformed()) return true;
-  for (const Tensor* t : tensors) {
-    if (t->defined() && t->_fw_grad(0).defined()) return true;
-  }
-  return false;
+// Whether forward mode differentiates along one of them.
+bool any_tangent(at::ArrayRef<Tensor> tensors) {
+  return forward_mode() && std::any_of(tensors.begin(), tensors.end(), has_tangent);
 }
 
 // The gradients of batch norm alone as a node, for second derivatives. Its outputs are the wanted gradients; third
@@ -99,7 +99,9 @@ struct FirstGradients : torch::autograd::Function<FirstGradients> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      weight.has_value() && ctx->needs_input_grad(2)};
-    if (at::GradMode::is_enabled() || transformed()) {
+    variable_list all = arriving;
+    all.insert(all.end(), kept.begin(), kept.end());
+    if (at::GradMode::is_enabled() || transformed() || any_tangent(all)) {
       return as_inputs(
           composite_double_backward(gg[0], gg[1], gg[2], kept[0], kept[1], weight, kept[3], training, eps, wanted),
           wanted, 7);
@@ -109,13 +111,31 @@ struct FirstGradients : torch::autograd::Function<FirstGradients> {
   }
 };
 
-// bias with the values that forward had, which are in its coefficients (formulas.h: shift = bias - (what of the mean is
-// not in their mean_hi) * scale), and with the derivatives of what it is.
-Tensor bias_of_forward(const Tensor& bias, const Tensor& saved) {
-  const Tensor now = bias.to(saved.scalar_type());
-  const Tensor rest = saved.select(0, kSavedMeanHi) - saved.select(0, kSavedNormalise) + saved.select(0, kSavedMeanLo);
-  const Tensor then = saved.select(0, kSavedNormalise + 2) + rest * saved.select(0, kSavedNormalise + 1);
-  return now + (then - now).detach();
+// The bias as forward had it, whatever became of it since: its values, which are in forward's coefficients (formulas.h:
+// shift = bias - (what of the mean is not in their mean_hi) * scale), at the edge that its gradients took then.
+Tensor bias_of_forward(const Kept& k) {
+  const auto row = [&](int which) { return k.saved.select(0, which); };
+  const Tensor rest = row(kSavedMeanHi) - row(kSavedNormalise) + row(kSavedMeanLo);
+  const Tensor bias = (row(kSavedNormalise + 2) + rest * row(kSavedNormalise + 1)).detach();
+  if (!k.bias.is_valid() || !at::GradMode::is_enabled()) return bias;
+  const auto& there = k.bias.function->input_metadata(k.bias.input_nr);
+  const Tensor linked = bias.view_symint(there.shape_as_dim_vector())
+                            .to(there.dtype().toScalarType(), /*non_blocking=*/false, /*copy=*/true);
+  torch::autograd::impl::set_gradient_edge(linked, k.bias);
+  return linked;
+}
+
+// Where an activation that goes by the sign of its argument passed it on in forward, as booleans: from forward's mask
+// or from the kernels, as other arithmetic may round an argument near zero to the other side. Undefined where neither
+// can be.
+Tensor passed_by_forward(const Kept& k, Activation kind) {
+  if (k.mask.defined() && k.mask.sym_numel() != 0) return unpacked_mask(k.mask, k.input);
+  if (!by_sign(kind) || transformed()) return {};
+  at::AutoDispatchBelowADInplaceOrView below;
+  const Tensor ones = at::ones_like(k.input);
+  return std::get<3>(backward_op().call(ones, k.input, {}, k.saved, k.training, {false, false, false, true}, {},
+                                        optional(k.residual), {}, k.activation, 0, {}))
+      .ne(0);
 }
 
 // input as forward had it: a mask lies in the order of the output's memory, which is that of empty_like(input), and
@@ -136,13 +156,13 @@ variable_list differentiable(const Tensor& grad_output, const Kept& k) {
   const Activation kind = activation_of(k.activation);
   // A gradient of 16 bits would be rounded on its way from one to the other, where a zero or the whole of it is not.
   const bool rounds = k.input.element_size() == 2 && kind != Activation::kIdentity && kind != Activation::kReLU;
-  const bool composed = rounds || needs_composite({&grad_output, &k.input, &k.weight, &k.residual});
+  const bool composed = rounds || transformed() || any_tangent({grad_output, k.input, k.weight, k.residual});
   const auto argument = [&] {
-    const OptionalTensor bias = has(k.bias) ? OptionalTensor(bias_of_forward(*k.bias, k.saved)) : std::nullopt;
+    const OptionalTensor bias = type_of(k.bits) ? OptionalTensor(bias_of_forward(k)) : std::nullopt;
     const Tensor v = composite_forward(k.input, weight, bias, k.saved, k.training, k.eps);
     return k.residual.defined() ? v + k.residual.to(v.scalar_type()) : v;
   };
-  const Tensor dy = through_activation(grad_output, k.input, kind, k.slope, k.mask, argument);
+  const Tensor dy = through_activation(grad_output, k.input, kind, k.slope, passed_by_forward(k, kind), argument);
   variable_list list(4);
   if (mask_of(k.bits)[3]) list[3] = dy.to(grad_output.scalar_type());
   if (!wanted[0] && !wanted[1] && !wanted[2]) return list;
@@ -166,7 +186,7 @@ variable_list gradients(const Tensor& dy, Kept k) {
   if (!dy.defined()) return list;
   if (!k.input.defined()) k.input = dy;  // only its shape is asked for
   if (!k.strides.empty()) k.input = laid_for_mask(k.input, k.strides);
-  if (at::GradMode::is_enabled()) return differentiable(dy, k);
+  if (at::GradMode::is_enabled() || any_tangent({dy, k.input, k.weight, k.residual})) return differentiable(dy, k);
   auto wanted = mask_of(k.bits);
   if (k.activation == "identity" && wanted[3]) {
     list[3] = dy;

@@ -1,6 +1,8 @@
 // The gradients of batch norm with what follows it, once and again, for the node of autograd.cpp.
 #pragma once
 
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <string>
@@ -11,6 +13,8 @@
 namespace bn_ext {
 
 inline bool requires_grad(const OptionalTensor& t) { return has(t) && t->requires_grad(); }
+inline bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
 
 // Which gradients a node is to give, input's, weight's, bias's and residual's, and the type of the bias's.
 constexpr int kTypeShift = 8;
@@ -23,7 +27,7 @@ inline int64_t bits_of(const Tensor& input, const OptionalTensor& weight, const 
 // What a node keeps, unpacked.
 struct Kept {
   Tensor input, weight, saved, residual, mask;
-  OptionalTensor bias;           // backward does not read its values, which may change, as with torch's batch norm
+  torch::autograd::Edge bias;    // where its gradients go; its values, which may change, are in `saved` as they were
   std::vector<int64_t> strides;  // of the output, where there is a mask
   bool training;
   double eps, slope;
