@@ -186,6 +186,7 @@ def by_operator(
     activation: str = "identity",
     negative_slope: float = 0.01,
     inplace: bool = False,
+    virtual_batch_size: int | None = None,
 ) -> Tensor | None:
     """Return act(batch_norm(input) + residual) by our kernels.
 
@@ -198,17 +199,19 @@ def by_operator(
         residual: of input's shape and dtype for one pass, else whatever can be added to the batch norm of input.
         activation, negative_slope: as the operators take them.
         inplace: write into input, in evaluation without autograd only.
+        virtual_batch_size: in training, normalise every piece of so many samples by its own statistics.
     """
     if residual is not None and not fits(input, residual):
         return _step_by_step(
             by_operator, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
-            residual, activation, negative_slope, inplace,
+            residual, activation, negative_slope, inplace, virtual_batch_size=virtual_batch_size,
         )  # fmt: skip
+    piece = virtual_batch_size if virtual_batch_size is not None and training else 0
     try:
         if not (inplace or torch.compiler.is_compiling()):
             output = _eager(
                 input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps, residual,
-                activation, negative_slope,
+                activation, negative_slope, piece,
             )  # fmt: skip
             if output is not None:
                 return output
@@ -223,27 +226,59 @@ def by_operator(
             return input
         return ops.batch_norm(  # type: ignore[no-any-return]
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, residual,
-            activation, negative_slope,
+            activation, negative_slope, piece,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)
         return None
 
 
-def by_functions(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *others: Any) -> Tensor | None:
+def by_functions(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *others: Any,
+    virtual_batch_size: int | None = None,
+) -> Tensor | None:
     """Return what by_operator does by our autograd.Functions, and what follows batch norm by torch's operations."""
     weight, bias, num_batches_tracked, training, momentum, eps, *after = others
     if after:
-        return _step_by_step(by_functions, input, running_mean, running_var, *others)
+        return _step_by_step(
+            by_functions, input, running_mean, running_var, *others, virtual_batch_size=virtual_batch_size
+        )
     if not _are_plain(running_mean, running_var, training, momentum, eps):
         return None
-    try:
+
+    def whole(piece: Tensor) -> Tensor:
         return autograd.batch_norm(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+            piece, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
+
+    try:
+        return piece_by_piece(whole, input, virtual_batch_size if training else None)
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)
         return None
+
+
+def check_virtual_batch_size(size: object) -> None:
+    """Raise for what is no number of samples: a TypeError, or a ValueError for one below 1. None is no cut."""
+    if size is None:
+        return
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"virtual_batch_size should be an int or None, but is {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"virtual_batch_size should be at least 1, but is {size}")
+
+
+def piece_by_piece(norm: Callable[[Tensor], Tensor], input: Tensor, size: int | None) -> Tensor:
+    """Return norm of the virtual batches of input, called in turn, as csrc/core/virtual_batch.h cuts them."""
+    if size is None:
+        return norm(input)
+    pieces = input.chunk(max(1, -(-input.shape[0] // size)))
+    if len(pieces) > 1 and pieces[-1].numel() == input.shape[1]:  # one value a channel
+        pieces = (*pieces[:-2], torch.cat(pieces[-2:]))
+    return torch.cat([norm(piece) for piece in pieces])
 
 
 def _step_by_step(
@@ -252,11 +287,13 @@ def _step_by_step(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *others: Any,
+    virtual_batch_size: int | None,
 ) -> Tensor | None:
     """Return what by_operator does, batch norm by implementation and what follows by torch's operations."""
     weight, bias, num_batches_tracked, training, momentum, eps, *after = others
     with restored_on_error(*((running_mean, running_var, num_batches_tracked) if training else ())):  # addition raises
         output = implementation(
-            input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
-        )
+            input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
+            virtual_batch_size=virtual_batch_size,
+        )  # fmt: skip
         return None if output is None else finish(output, input, *after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import (
 )
 
 from .activation import activate, check_activation, check_call, finish
-from .dispatch import KNOWN, choose, restored_on_error
+from .dispatch import KNOWN, check_virtual_batch_size, choose, piece_by_piece, restored_on_error
 
 _native_batch_norm = F.batch_norm  # as it is at import: somebody may put ours there
 
@@ -36,6 +37,7 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     inplace: bool = False,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     """Apply batch normalisation to every channel, as torch.nn.functional.batch_norm does.
 
@@ -55,6 +57,8 @@ def batch_norm(
         activation: None, "relu", "leaky_relu", "silu" or "gelu" (the exact one, by erf).
         negative_slope: leaky_relu's.
         inplace: write the result into input; in evaluation only, and where autograd does not need input.
+        virtual_batch_size: when training, cut the batch as FusedBatchNorm1d does and normalise every piece by its own
+            statistics.
 
     Shape:
         - input: (N, C) or (N, C, L)
@@ -70,7 +74,8 @@ def batch_norm(
         torch adds it, which may make both larger.
 
     Raises:
-        ValueError: one value per channel in training; eps not positive in training, or negative; no such activation.
+        ValueError: one value per channel in training, of a virtual batch too; virtual_batch_size below 1; eps not
+            positive in training, or negative; no such activation.
         RuntimeError: a per-channel tensor that is not of size C; running statistics missing when not training; a
             residual that cannot be added; inplace in training or where autograd needs input.
         NotImplementedError: input is not of a floating type.
@@ -90,14 +95,17 @@ def batch_norm(
                 [1.5000, 1.5000]])
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if training and virtual_batch_size is not None:
+            raise RuntimeError("TorchScript has no virtual batches")
         norm = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result = activate(norm, residual, "identity" if activation is None else activation, negative_slope)
         return input.copy_(result) if inplace else result
+    check_virtual_batch_size(virtual_batch_size)
     plain = residual is None and activation is None and not inplace
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return _overridden(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-            negative_slope, inplace,
+            negative_slope, inplace, virtual_batch_size,
         )  # fmt: skip
     if not plain:
         check_activation(activation)
@@ -106,22 +114,33 @@ def batch_norm(
     arguments = (input, running_mean, running_var, weight, bias)
     if implementation is not None:
         after = () if plain else (residual, activation or "identity", negative_slope, inplace)
-        output = implementation(*arguments, None, training, momentum, eps, *after)
+        output = implementation(
+            *arguments, None, training, momentum, eps, *after, virtual_batch_size=virtual_batch_size
+        )
         if output is not None:
             return output
-    if plain:
-        return _native_batch_norm(*arguments, training, momentum, eps)
+
+    size = virtual_batch_size if training else None
+    native = partial(_of_torch, *arguments[1:], training, momentum, eps)
+    if plain and size is None:
+        return native(input)
     with restored_on_error(*((running_mean, running_var) if training else ())):
-        output = _native_batch_norm(*arguments, training, momentum, eps)
-        return finish(output, input, residual, activation, negative_slope, inplace)
+        return finish(piece_by_piece(native, input, size), input, residual, activation, negative_slope, inplace)
+
+
+def _of_torch(*arguments: Any) -> Tensor:
+    """Return torch's own batch norm of the last of its arguments, which are else in their order."""
+    return _native_batch_norm(arguments[-1], *arguments[:-1])
 
 
 def _overridden(*arguments: Any) -> Tensor:
     """Let a tensor type with a __torch_function__ of its own decide; a plain call looks like one of torch's."""
-    residual, activation, negative_slope, inplace = arguments[8:]
+    residual, activation, negative_slope, inplace, virtual_batch_size = arguments[8:]
     after: dict[str, Any] = {}
     if residual is not None or activation is not None or inplace:
         after = {"residual": residual, "activation": activation, "negative_slope": negative_slope, "inplace": inplace}
+    if virtual_batch_size is not None:
+        after["virtual_batch_size"] = virtual_batch_size
     names = ("weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, arguments[3:8], strict=True))  # by name, as torch's own passes them on
     return handle_torch_function(batch_norm, arguments[:5], *arguments[:3], **(given | after))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401 (a name of the forward that torch.jit.script reads, see below)
 from torch import Tensor, nn
 
-from .dispatch import choose, restored_on_error
+from .dispatch import check_virtual_batch_size, choose, piece_by_piece, restored_on_error
 from .functional import kernels_beneath_modes
 
 _OF_TORCH = nn.BatchNorm1d.__module__  # as it is at import: who puts a class of ours into torch.nn still gets this
@@ -82,6 +82,11 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         affine: have a weight, ones at first, and a bias, zeros at first.
         track_running_stats: have running_mean, running_var and num_batches_tracked. Without them evaluation goes by
             the batch's own statistics too.
+        virtual_batch_size: in training cut the batch along N as torch.chunk cuts it into ceil(N / virtual_batch_size)
+            pieces and normalise each by its own statistics, as if the module were called for one after the other:
+            ghost batch normalisation (Hoffer et al., "Train longer, generalize better", 2017,
+            https://arxiv.org/abs/1705.08741). Running statistics and num_batches_tracked move piece by piece. A last
+            piece of one value a channel joins the one before it. By name only.
         device: where parameters and buffers are made.
         dtype: of parameters and running statistics.
         bias: False leaves the bias out; only with torch releases whose BatchNorm1d takes it.
@@ -113,11 +118,16 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         torch.Size([4, 2, 100])
     """
 
+    virtual_batch_size: int | None = None  # of modules that were pickled before it was, too
+
     if not TYPE_CHECKING:  # torch's own signature, whichever its release has
 
         @functools.wraps(nn.BatchNorm1d.__init__)
-        def __init__(self, *args, **kwargs):
+        def __init__(self, *args, virtual_batch_size=None, **kwargs):
+            check_virtual_batch_size(virtual_batch_size)
             super().__init__(*args, **kwargs)
+            if virtual_batch_size is not None:
+                self.virtual_batch_size = virtual_batch_size
             mark_as_leaf(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,7 +135,10 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         if implementation is None:
             return self._native(input)
         self._check_input_dim(input)
-        output = implementation(input, *state_of(self))
+        if self.virtual_batch_size is None:
+            output = implementation(input, *state_of(self))
+        else:
+            output = implementation(input, *state_of(self), virtual_batch_size=self.virtual_batch_size)
         return self._native(input) if output is None else output
 
     # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.
@@ -134,18 +147,26 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
     def _native(self, input: Tensor) -> Tensor:
         """Run torch's own forward where no kernel ran; it counts the batch even when it then raises."""
         if torch.compiler.is_compiling():
-            return super().forward(input)
+            return self._native_pieces(input)
         mean, var, _, _, batches, training, *_ = state_of(self)
         changed = (mean, var, batches) if training else ()
         with restored_on_error(*changed), kernels_beneath_modes():
-            return super().forward(input)
+            return self._native_pieces(input)
+
+    def _native_pieces(self, input: Tensor) -> Tensor:
+        return piece_by_piece(super().forward, input, self.virtual_batch_size if state_of(self)[5] else None)
+
+    def extra_repr(self) -> str:
+        size = self.virtual_batch_size
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return inherited if size is None else f"{inherited}, virtual_batch_size={size}"
 
 
 class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):
     """Drop-in for torch.nn.LazyBatchNorm1d: takes num_features from its first input and becomes FusedBatchNorm1d.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as in FusedBatchNorm1d.
+        eps, momentum, affine, track_running_stats, virtual_batch_size, device, dtype, bias: as in FusedBatchNorm1d.
 
     Shape:
         - input: (N, C) or (N, C, L); C of the first one is num_features from then on
@@ -165,6 +186,15 @@ class LazyFusedBatchNorm1d(nn.LazyBatchNorm1d, FusedBatchNorm1d):
     """
 
     cls_to_become = FusedBatchNorm1d
+
+    if not TYPE_CHECKING:
+
+        @functools.wraps(nn.LazyBatchNorm1d.__init__)
+        def __init__(self, *args, virtual_batch_size=None, **kwargs):
+            check_virtual_batch_size(virtual_batch_size)
+            super().__init__(*args, **kwargs)
+            if virtual_batch_size is not None:
+                self.virtual_batch_size = virtual_batch_size
 
 
 __all__ = ["FusedBatchNorm1d", "LazyFusedBatchNorm1d", "State", "mark_as_leaf", "state_of"]

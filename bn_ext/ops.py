@@ -101,6 +101,13 @@ def _check_stage(input: Tensor, given: Tensor | None, rows: int, name: str) -> N
         raise RuntimeError(f"{name} should be a float64 tensor of size {size}, but is of size {list(given.shape)}")
 
 
+def most_virtual_batches(samples: int, size: int) -> int:
+    """Return how many virtual batches saved has room for: csrc/core/virtual_batch.h's bound, which needs no guard."""
+    if size == 0:
+        return 1
+    return torch.sym_max(1, (samples + size - 1) // size)  # type: ignore[no-any-return]
+
+
 def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
     """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
     of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
@@ -126,6 +133,7 @@ def _(
     activation: str = "identity",
     negative_slope: float = 0.01,
     moments: Tensor | None = None,
+    virtual_batch_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     training = mean is None and var is None
     if training:
@@ -135,8 +143,10 @@ def _(
     _check_stage(input, moments, MOMENT_ROWS, "moments")
     _check_residual(input, residual)
     _check_count(input, num_batches_tracked)
-    saved = input.new_empty((SAVED_ROWS, input.shape[1]), dtype=statistics_dtype(input))
-    mask = input.new_empty((mask_size(input, residual, activation),), dtype=torch.uint8)
+    rows = SAVED_ROWS * most_virtual_batches(input.shape[0], virtual_batch_size)
+    saved = input.new_empty((rows, input.shape[1]), dtype=statistics_dtype(input))
+    bits = 0 if virtual_batch_size else mask_size(input, residual, activation)
+    mask = input.new_empty((bits,), dtype=torch.uint8)
     return torch.empty_like(input), saved, mask
 
 
@@ -194,6 +204,7 @@ def _(
     activation: str = "identity",
     negative_slope: float = 0.01,
     sums: Tensor | None = None,
+    virtual_batch_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, grad_output, weight, saved, residual, mask)
     _check_stage(input, sums, SUM_ROWS, "sums")

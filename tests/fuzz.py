@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ def raw_operator(rng: random.Random) -> str:
         shape_of(rng), dtype, vectors, "contiguous", activation, training, residual, rng.randrange(1000),
         part=rng.random() < 0.3,
     )  # fmt: skip
+    if not s.part and rng.random() < 0.3:
+        s = replace(s, virtual=rng.randint(1, 100))
     given = outcome(lambda: sane(name, s))
     if isinstance(given, Exception):  # one value a channel, say
         assert "INTERNAL ASSERT" not in str(given), given

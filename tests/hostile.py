@@ -38,6 +38,7 @@ class Setting:
     residual: bool = True
     seed: int = 0
     part: bool = False  # of a batch in training, by the results of a stage
+    virtual: int = 0  # samples of a virtual batch in training; not with part
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -50,7 +51,10 @@ def saved_of(s: Setting, given: Arguments, wanted: Arguments) -> tuple[Tensor, T
     mean, var = (None, None) if s.training else (given["running_mean"], given["running_var"])
     after = (given["residual"], s.activation, SLOPE) if "activation" in wanted else ()
     vectors = (given["weight"], given["bias"], None, None, None, 0.1, EPS, mean, var)
-    return torch.ops.bn_ext.batch_norm_forward(given["input"], *vectors, *after)[1:]  # type: ignore[no-any-return]
+    size = s.virtual if s.training and "virtual_batch_size" in wanted else 0
+    return torch.ops.bn_ext.batch_norm_forward(  # type: ignore[no-any-return]
+        given["input"], *vectors, *after, virtual_batch_size=size
+    )[1:]
 
 
 def sane(name: str, s: Setting) -> Arguments:
@@ -70,7 +74,7 @@ def sane(name: str, s: Setting) -> Arguments:
         given["saved"], given["mask"] = saved_of(s, given, wanted)
     if "output_mask" in wanted:
         given["output_mask"] = [True] * (wanted["output_mask"].N or 0)
-    given |= {"moments": None, "sums": None}
+    given |= {"moments": None, "sums": None, "virtual_batch_size": s.virtual if s.training else 0}
     if s.part and s.training and "moments" in wanted:
         given["moments"] = torch.ops.bn_ext.batch_norm_moments(given["input"])[None]
     if s.part and s.training and "sums" in wanted:
@@ -130,6 +134,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
 }
 NUMBERS: dict[str, list[Any]] = {
     "float": [None, "text", [0.1], 1j, 10**400, object()],
+    "int": [None, "text", [3], -1, 10**30, 2.5],
     "Optional[float]": ["text", [0.1], 1j, 10**400],
     "bool": ["text", [True]],
     "str": [None, 3, "tanh", "", "relu\0"],

@@ -21,6 +21,7 @@ SETTINGS = {
     "training": Setting(),
     "evaluation": Setting(training=False, shape=(4, 5, 3), activation="silu"),
     "part": Setting(part=True, activation="silu"),
+    "cut": Setting(virtual=2, activation="gelu", shape=(7, 5, 3)),
     "narrow": Setting(dtype=torch.bfloat16, vector_dtype=torch.float32, activation="identity", layout="permuted"),
 }
 ARGUMENTS = [(name, a.name) for name, schema in sorted(SCHEMAS.items()) for a in schema.arguments]

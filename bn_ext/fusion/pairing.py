@@ -147,7 +147,7 @@ def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, acti
     """
     if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
         return None  # autograd cannot keep it
-    return by_operator(input, *state_of(norm), residual, *activation)
+    return by_operator(input, *state_of(norm), residual, *activation, virtual_batch_size=norm.virtual_batch_size)
 
 
 def _records(*tensors: Tensor | None) -> bool:

@@ -3,15 +3,18 @@
 // Kernels trust what they are given; every check is made at the op's entry (torch/checks.h).
 #pragma once
 
+#include <type_traits>
+
 #include "activation.h"
 #include "tensors.h"
+#include "virtual_batch.h"
 #include "welford.h"
 
 namespace bn_ext {
 
 // Rows of `saved`, what forward leaves for backward: (kSavedRows, C) in accumulate_type(dtype). mean_hi + mean_lo is
 // the mean; the last three rows are formulas.h's Normalise (mean_hi, scale, shift), by which backward computes an
-// activation's argument anew.
+// activation's argument anew. Those of virtual batches lie one after the other.
 enum SavedRow : int { kSavedMeanHi, kSavedMeanLo, kSavedInvstd, kSavedNormalise, kSavedRows = kSavedNormalise + 3 };
 
 // A pass in two stages, for a batch of which this tensor is a part: the first ends with its reduction, the second
@@ -69,7 +72,8 @@ struct ForwardArgs {
   bool cumulative = false;  // momentum=None: 1 / num_batches_tracked after this batch
   void* saved = nullptr;    // evaluation: nullptr where there will be no backward
   Epilogue epilogue;
-  Stage stage;  // in training
+  Stage stage;             // in training
+  VirtualBatches batches;  // in training
 };
 
 struct BackwardArgs {
@@ -82,6 +86,7 @@ struct BackwardArgs {
   Epilogue epilogue;        // with an activation, or nothing
   TensorRef grad_residual;  // laid as dx; with an activation only
   Stage stage;              // what is given, in training alone
+  VirtualBatches batches;   // in training
   // Whether sums over the channels are needed, for a result, for the parameters or for training's dx.
   BN_HD bool sums() const { return stage.result || grad_weight || grad_bias || (training && dx); }
 };
@@ -93,6 +98,36 @@ struct DoubleBackwardArgs : BackwardArgs {
   TensorRef grad_dy;             // what flows on to dy; absent: not wanted
   VectorRef gg_weight, gg_bias;  // what arrives at backward's grad_weight and grad_bias; absent: zero
 };
+
+// A tensor from sample n on; `saved` from virtual batch i on.
+inline TensorRef from_sample(TensorRef t, int64_t n, DType dtype) {
+  if (t) t.data = static_cast<char*>(t.data) + n * t.stride_n * element_bytes(dtype);
+  return t;
+}
+inline void* saved_from(const void* saved, int64_t i, const Shape& shape, DType dtype) {
+  const int64_t bytes = i * kSavedRows * shape.c * element_bytes(accumulate_type(dtype));
+  return saved ? const_cast<char*>(static_cast<const char*>(saved)) + bytes : nullptr;
+}
+
+// A pass over virtual batch i alone, which reads and moves the running statistics of the whole.
+template <class Args>
+inline Args virtual_batch(const Args& a, int64_t i) {
+  Args one = a;
+  const int64_t n = a.batches.begin(i);
+  one.batches = VirtualBatches();
+  one.shape.n = a.batches.samples(i, a.shape.n);
+  one.x = from_sample(a.x, n, a.dtype);
+  one.epilogue.residual = from_sample(a.epilogue.residual, n, a.dtype);
+  one.saved = saved_from(a.saved, i, a.shape, a.dtype);
+  if constexpr (std::is_same<Args, ForwardArgs>::value) {
+    one.y = from_sample(a.y, n, a.dtype);
+  } else {
+    one.dy = from_sample(a.dy, n, a.dtype);
+    one.dx = from_sample(a.dx, n, a.dtype);
+    one.grad_residual = from_sample(a.grad_residual, n, a.dtype);
+  }
+  return one;
+}
 
 // A parallel loop lent by the glue: body(context, begin, end) over [0, tasks), at least `grain` tasks a thread.
 struct Parallel {

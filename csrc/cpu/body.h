@@ -17,6 +17,7 @@ namespace {
 #include "drivers.h"
 #include "double_backward.h"
 #include "drivers_activated.h"
+#include "virtual_batches.h"
 #include "entries.h"
 // clang-format on
 

@@ -16,10 +16,14 @@ inline void for_type(DType dtype, const Call& call) {
 }
 
 void forward(const ForwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { forward_typed<decltype(t)>(a, par); });
+  for_type(a.dtype, [&](auto t) {
+    a.batches.count > 1 ? forward_cut<decltype(t)>(a, par) : forward_typed<decltype(t)>(a, par);
+  });
 }
 void backward(const BackwardArgs& a, const Parallel& par) {
-  for_type(a.dtype, [&](auto t) { backward_typed<decltype(t)>(a, par); });
+  for_type(a.dtype, [&](auto t) {
+    a.batches.count > 1 ? backward_cut<decltype(t)>(a, par) : backward_typed<decltype(t)>(a, par);
+  });
 }
 void double_backward(const DoubleBackwardArgs& a, const Parallel& par) {
   for_type(a.dtype, [&](auto t) { double_backward_typed<decltype(t)>(a, par); });

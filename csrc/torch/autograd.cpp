@@ -75,7 +75,8 @@ struct BatchNormBackward : torch::autograd::Node {
   // What is no tensor, in the order in which it is packed.
   template <class Values, class Use>
   static void for_each_value(Values& k, const Use& use) {
-    use(k.strides), use(k.training), use(k.eps), use(k.slope), use(k.activation), use(k.bits);
+    use(k.strides), use(k.training), use(k.eps), use(k.slope), use(k.activation), use(k.bits),
+        use(k.virtual_batch_size);
   }
 
   std::array<SavedVariable*, 5> variables() { return {&input, &weight, &saved, &residual, &mask}; }
@@ -114,20 +115,20 @@ struct Keeps {
   // The input of batch norm's own gradients, or of that argument; a residual alone needs neither.
   bool input;
   Keeps(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& added,
-        Activation kind)
-      : residual(has(added) && kind != Activation::kIdentity && !by_sign(kind)),
+        Activation kind, bool cut)
+      : residual(has(added) && kind != Activation::kIdentity && (cut || !by_sign(kind))),
         input(residual || x.requires_grad() || requires_grad(weight) || requires_grad(bias)) {}
 };
 
 Tensor recorded(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                 const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& count,
                 bool training, std::optional<double> momentum, double eps, const OptionalTensor& residual,
-                std::string_view activation, double slope) {
+                std::string_view activation, double slope, int64_t virtual_batch_size) {
   const auto& transforms = at::functorch::functorchTLSAccessor();
   if (transforms) transforms->checkSupportsCppAutogradFunction();
   const OptionalTensor none;
   const Activation kind = activation_of(activation);
-  const Keeps keeps(input, weight, bias, residual, kind);
+  const Keeps keeps(input, weight, bias, residual, kind, virtual_batch_size > 0);
   auto node = make_node<BatchNormBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor()),
                                                            residual.value_or(Tensor())));
@@ -140,9 +141,9 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
     at::AutoDispatchBelowADInplaceOrView below;
     std::tie(output, saved, mask) =
         training ? forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, none, none,
-                                     residual, activation, slope, none)
+                                     residual, activation, slope, none, virtual_batch_size)
                  : forward_op().call(input, weight, bias, none, none, none, std::nullopt, eps, running_mean,
-                                     running_var, residual, activation, slope, none);
+                                     running_var, residual, activation, slope, none, 0);
   }
   const bool by_mask = mask.sym_numel() != 0;
   if (by_mask) node->mask = SavedVariable(mask, false);
@@ -155,6 +156,7 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
   rest.slope = slope;
   rest.activation = activation;
   rest.bits = bits_of(input, weight, bias, residual);
+  rest.virtual_batch_size = virtual_batch_size;
   torch::autograd::set_history(output, node);
   return output;
 }
@@ -163,11 +165,13 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const OptionalTensor& residual, std::string_view activation, double slope) {
+                  const OptionalTensor& residual, std::string_view activation, double slope,
+                  int64_t virtual_batch_size) {
+  check_virtual_batch_size(virtual_batch_size);
   if (training) {
     const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
     return std::get<0>(forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, {}, {},
-                                         residual, activation, slope, {}));
+                                         residual, activation, slope, {}, virtual_batch_size));
   }
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
@@ -183,7 +187,9 @@ bool needs_graph(const Tensor& input, const OptionalTensor& weight, const Option
 Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                           double eps, const OptionalTensor& residual, std::string_view activation, double slope) {
+                           double eps, const OptionalTensor& residual, std::string_view activation, double slope,
+                           int64_t virtual_batch_size) {
+  check_virtual_batch_size(virtual_batch_size);
   check_no_gradient(running_mean, "running_mean");
   check_no_gradient(running_var, "running_var");
   check_can_be_counted(num_batches_tracked);
@@ -193,7 +199,7 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
       "Trying to use forward AD with bn_ext::batch_norm, which has no rule for it");
   const bool graph = needs_graph(input, weight, bias, residual);
   if (graph) {
-    const Keeps keeps(input, weight, bias, residual, activation_of(activation));
+    const Keeps keeps(input, weight, bias, residual, activation_of(activation), training && virtual_batch_size > 0);
     if (keeps.input) check_can_be_saved(input);
     check_can_be_saved(weight);
     if (keeps.residual) check_can_be_saved(residual);
@@ -201,11 +207,11 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
   if (graph && (training || (has(running_mean) && has(running_var)))) {
     const OptionalTensor count = training ? counter_of(num_batches_tracked, input, momentum) : std::nullopt;
     return recorded(input, weight, bias, running_mean, running_var, count, training, momentum, eps, residual,
-                    activation, slope);
+                    activation, slope, training ? virtual_batch_size : 0);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                    residual, activation, slope);
+                    residual, activation, slope, virtual_batch_size);
 }
 
 void inplace_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -3,11 +3,13 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
 #include <charconv>
+#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -113,6 +115,13 @@ void prepare_count(ForwardCall* call, const Tensor& count, const Tensor& input, 
   TORCH_CHECK_VALUE(count.numel() == 1, "only one element tensors can be converted to Python scalars");
   const auto batches = next.item().to<double>();
   TORCH_CHECK(batches != 0, kByZero);
+  if (call->args.batches.count > 1) {  // each has a share of its own, by a count that the kernels keep
+    TORCH_CHECK_NOT_IMPLEMENTED(batches == std::floor(batches), "virtual batches with momentum=None and ", batches - 1,
+                                " batches before them");
+    call->counter = at::full({}, batches - 1, input.options().dtype(at::kLong));
+    call->args.num_batches_tracked = call->counter.mutable_data_ptr<int64_t>();
+    return;
+  }
   *momentum = 1 / batches;
 }
 
@@ -194,12 +203,17 @@ void set_vectors(ForwardArgs* a, const Tensor& input, const OptionalTensor& weig
 }
 
 // What both forwards share: what they write.
-void set_outputs(ForwardCall* call, const Tensor& input, const After& after, bool saves, const OptionalTensor& output) {
+void set_outputs(ForwardCall* call, const Tensor& input, const After& after, bool saves, const OptionalTensor& output,
+                 int64_t virtual_batch_size = 0) {
   ForwardArgs& a = call->args;
   call->output = output.has_value() ? *output : at::empty_like(input);
   if (saves) {
-    call->saved = statistics_like(input, {kSavedRows, a.shape.c});
-    call->mask = make_mask(input, &a.epilogue);
+    const int64_t batches = most_virtual_batches(a.shape.n, virtual_batch_size);
+    call->saved = statistics_like(input, {kSavedRows * batches, a.shape.c});
+    if (a.batches.count < batches && !call->empty) call->saved.slice(0, kSavedRows * a.batches.count).zero_();
+    // A mask's bytes hold elements of neighbouring batches: of virtual ones backward computes the argument anew.
+    call->mask =
+        virtual_batch_size == 0 ? make_mask(input, &a.epilogue) : at::empty({0}, input.options().dtype(at::kByte));
     a.saved = call->saved.mutable_data_ptr();
   }
   if (call->empty) return;
@@ -216,20 +230,22 @@ void set_outputs(ForwardCall* call, const Tensor& input, const After& after, boo
 }  // namespace
 
 void ForwardCall::count_batch() const {
-  if (count.defined()) Tensor(count).add_(1);
+  if (count.defined()) Tensor(count).add_(args.batches.count);
 }
 
 ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                             const After& after, const OptionalTensor& moments) {
+                             const After& after, const OptionalTensor& moments, int64_t virtual_batch_size) {
   ForwardCall call;
   ForwardArgs& a = call.args;
   a.epilogue = epilogue_of(input, after);
   a.shape = shape_of(input);
   const bool part = has(moments);
+  TORCH_CHECK_VALUE(!part || virtual_batch_size == 0, "virtual batches are whole ones, not parts with moments");
   TORCH_CHECK_VALUE(part || a.shape.count() != 1,
                     "Expected more than 1 value per channel when training, got input size ", size_text(input));
+  a.batches = virtual_batches(a.shape, input.dim(), virtual_batch_size);
   check_eps(eps, true);
   call.empty = input.numel() == 0 && (!part || a.shape.c == 0);
   if (part) call.merged = set_given(&a.stage, *moments, input, kMomentRows, "moments");
@@ -243,7 +259,7 @@ ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, 
   a.cumulative = !momentum.has_value();
   a.momentum = momentum.value_or(0.0);
   a.eps = eps;
-  set_outputs(&call, input, after, true, {});
+  set_outputs(&call, input, after, true, {}, virtual_batch_size);
   return call;
 }
 
@@ -280,7 +296,7 @@ ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, bool training, std::array<bool, 4> output_mask,
                               OptionalType bias_dtype, const OptionalTensor& mask, const After& after,
-                              const OptionalTensor& sums) {
+                              const OptionalTensor& sums, int64_t virtual_batch_size) {
   BackwardCall call;
   BackwardArgs& a = call.args;
   const Epilogue epilogue = epilogue_of(input, after);
@@ -290,7 +306,9 @@ BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, co
   if (bias_dtype.has_value()) dtype_of(*bias_dtype, "bias_dtype");
   call.grad_output = like_input(grad_output, input, "grad_output");
   call.empty = input.numel() == 0;
-  check_saved(saved, input);
+  check_saved(saved, input, virtual_batch_size);
+  TORCH_CHECK_VALUE(virtual_batch_size == 0 || (training && !has(sums)), "virtual batches are whole ones, in training");
+  a.batches = virtual_batches(a.shape, input.dim(), virtual_batch_size);
   if (epilogue.activates()) a.epilogue = epilogue;
   if (has(mask)) {
     check_mask(*mask, input, epilogue.activation);

@@ -71,13 +71,36 @@ void check_vector(const OptionalTensor& t, const Tensor& input, const char* name
   check_composed(*t, input, name);
 }
 
-void check_saved(const Tensor& saved, const Tensor& input) {
+void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size) {
   check_defined(saved, "saved");
-  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.sym_size(0) == kSavedRows &&
+  // Symbolic in a graph that is being traced, where nothing is cut.
+  const c10::SymInt rows = virtual_batch_size == 0
+                               ? c10::SymInt(kSavedRows)
+                               : c10::SymInt(kSavedRows * most_virtual_batches(input.size(0), virtual_batch_size));
+  TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.sym_size(0) == rows &&
                   saved.sym_size(1) == input.sym_size(1) && saved.scalar_type() == statistics_options(input).dtype(),
-              "saved should be batch_norm_forward's contiguous (", int{kSavedRows}, ", ", input.sym_size(1),
-              ") tensor, but is ", saved.toString(), " of size ", saved.sym_sizes());
+              "saved should be batch_norm_forward's contiguous (", rows, ", ", input.sym_size(1), ") tensor, but is ",
+              saved.toString(), " of size ", saved.sym_sizes());
   check_composed(saved, input, "saved");
+}
+
+void check_virtual_batch_size(int64_t size) {
+  TORCH_CHECK_VALUE(size >= 0, "virtual_batch_size should be at least 1, but is ", size);
+}
+
+VirtualBatches virtual_batches(const Shape& shape, int64_t dim, int64_t size) {
+  check_virtual_batch_size(size);
+  const VirtualBatches batches = cut(shape, size);
+  TORCH_CHECK_VALUE(batches.count == 1 || batches.size * shape.l != 1,
+                    "Expected more than 1 value per channel when training, got input size torch.Size([1, ", shape.c,
+                    dim == 3 ? ", 1])" : "])");
+  return batches;
+}
+
+bool samples_lie_apart(const Tensor& input) {
+  if (input.dim() != 3 || input.is_contiguous()) return true;
+  const Tensor output = at::empty_like(input);
+  return output.stride(0) >= output.stride(1) && output.stride(0) >= output.stride(2);
 }
 
 static TensorRef ref(const Tensor& t, void* data) {

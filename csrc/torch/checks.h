@@ -30,6 +30,7 @@ struct ForwardCall {
   Tensor residual;  // what args have of it
   Tensor merged;    // what args.stage is given
   Tensor count;     // num_batches_tracked, where no kernel counts
+  Tensor counter;   // what args count in its place
   bool empty = false;
   // To be called once the kernel ran: an empty batch counts too, as in nn.BatchNorm1d.
   void count_batch() const;
@@ -73,7 +74,13 @@ void check_defined(const Tensor& t, const char* name);
 void check_plane(const OptionalTensor& t, const Tensor& input, const char* name);
 void check_vector(const OptionalTensor& t, const Tensor& input, const char* name);
 // Forward's saved values.
-void check_saved(const Tensor& saved, const Tensor& input);
+void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size = 0);
+// Whether pieces of input's samples lie each in a piece of what empty_like(input) makes, as the kernels want their
+// output.
+bool samples_lie_apart(const Tensor& input);
+void check_virtual_batch_size(int64_t size);
+// The virtual batches of an input of this shape; size 0: one batch. A ValueError for one that has one value a channel.
+VirtualBatches virtual_batches(const Shape& shape, int64_t dim, int64_t size);
 
 // A tensor's type for the kernels, else native's error; the options of its statistics; a raw view of a (N, C) or
 // (N, C, L) tensor.
@@ -91,7 +98,7 @@ Activation activation_of(std::string_view name);
 ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                             const After& after, const OptionalTensor& moments);
+                             const After& after, const OptionalTensor& moments, int64_t virtual_batch_size);
 // output is the moments.
 ForwardCall prepare_moments(const Tensor& input);
 
@@ -104,7 +111,7 @@ ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, bool training, std::array<bool, 4> output_mask,
                               OptionalType bias_dtype, const OptionalTensor& mask, const After& after,
-                              const OptionalTensor& sums = {});
+                              const OptionalTensor& sums = {}, int64_t virtual_batch_size = 0);
 BackwardCall prepare_sums(const Tensor& grad_output, const Tensor& input, const Tensor& saved,
                           const OptionalTensor& mask, const After& after);
 

@@ -106,10 +106,29 @@ struct Cuda {
       call.residual = laid_as(call.residual, call.output);
       call.args.epilogue.residual = input_ref(call.residual);
     }
-    plan_and_launch(input, call.args, plan_forward, cuda::forward);
+    for (int64_t i = 0; i < call.args.batches.count; ++i) {
+      plan_and_launch(input, virtual_batch(call.args, i), plan_forward, cuda::forward);
+    }
   }
   static void backward(const Tensor& input, const BackwardCall& call) {
-    plan_and_launch(input, call.args, plan_backward, cuda::backward);
+    const BackwardArgs& a = call.args;
+    if (a.batches.count == 1) return plan_and_launch(input, a, plan_backward, cuda::backward);
+    // The sums of each virtual batch, then theirs, so that nothing depends on the order in which blocks end.
+    const int64_t channels = a.shape.c;
+    const Tensor parts = at::empty({2, a.batches.count, channels}, input.options().dtype(at::kDouble));
+    auto* const sums = static_cast<double*>(parts.mutable_data_ptr());
+    const auto of_batch = [&](const VectorRef& wanted, int64_t which, int64_t i) {
+      double* const to = sums + (which * a.batches.count + i) * channels;
+      return wanted ? VectorRef{to, DType::kFloat64, 1} : VectorRef();
+    };
+    for (int64_t i = 0; i < a.batches.count; ++i) {
+      BackwardArgs one = virtual_batch(a, i);
+      one.grad_weight = of_batch(a.grad_weight, 0, i);
+      one.grad_bias = of_batch(a.grad_bias, 1, i);
+      plan_and_launch(input, one, plan_backward, cuda::backward);
+    }
+    if (a.grad_weight) Tensor(call.grad_weight).copy_(parts[0].sum(0).view_as(call.grad_weight));
+    if (a.grad_bias) Tensor(call.grad_bias).copy_(parts[1].sum(0).view_as(call.grad_bias));
   }
   static void double_backward(const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
                               const Arriving& arriving, const DoubleBackwardCall& call) {

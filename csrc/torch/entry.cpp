@@ -12,7 +12,7 @@ namespace {
 
 // Arguments in the order of torch.nn.functional.batch_norm; every read returns whether it is plainly what it should be.
 struct Arguments {
-  static constexpr Py_ssize_t kCount = 12, kRequired = 9;
+  static constexpr Py_ssize_t kCount = 13, kRequired = 9;
   PyObject* const* at;
   Py_ssize_t given;
 
@@ -67,11 +67,21 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
     activation = {name, static_cast<size_t>(size)};
   }
   if (given > 11 && !Arguments::number(args[11], &slope)) Py_RETURN_NONE;
+  int64_t virtual_batch_size = 0;
+  if (given > 12) {
+    if (!PyLong_CheckExact(args[12])) Py_RETURN_NONE;
+    virtual_batch_size = PyLong_AsLongLong(args[12]);
+    if (virtual_batch_size == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+  }
   Tensor output;
   {
     const pybind11::gil_scoped_release others_may_run;
     output = op.call(*input, weight, bias, running_mean, running_var, count, training,
-                     cumulative ? std::nullopt : std::optional<double>(momentum), eps, residual, activation, slope);
+                     cumulative ? std::nullopt : std::optional<double>(momentum), eps, residual, activation, slope,
+                     virtual_batch_size);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -80,7 +90,7 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyMethodDef methods[] = {
     {"batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batch_norm)), METH_FASTCALL,
      "batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,\n"
-     "           residual=None, activation=\"identity\", negative_slope=0.01)\n\n"
+     "           residual=None, activation=\"identity\", negative_slope=0.01, virtual_batch_size=0)\n\n"
      "torch.ops.bn_ext.batch_norm, faster; None, and nothing has changed, where an argument is unusual."},
     {nullptr, nullptr, 0, nullptr}};
 

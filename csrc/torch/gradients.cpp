@@ -2,8 +2,10 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -70,7 +72,7 @@ struct FirstGradients : torch::autograd::Function<FirstGradients> {
     const auto wanted = mask_of_norm(bits);
     const auto gradients =
         as_inputs(backward_op().call(dy, input, weight, saved, training, {wanted[0], wanted[1], wanted[2], false},
-                                     type_of(bits), {}, {}, "identity", 0, {}),
+                                     type_of(bits), {}, {}, "identity", 0, {}, 0),
                   std::array<bool, 4>{true, true, true, true}, 4);
     ctx->save_for_backward({dy, input, weight.value_or(Tensor()), saved});
     ctx->set_materialize_grads(false);
@@ -134,7 +136,7 @@ Tensor passed_by_forward(const Kept& k, Activation kind) {
   at::AutoDispatchBelowADInplaceOrView below;
   const Tensor ones = at::ones_like(k.input);
   return std::get<3>(backward_op().call(ones, k.input, {}, k.saved, k.training, {false, false, false, true}, {},
-                                        optional(k.residual), {}, k.activation, 0, {}))
+                                        optional(k.residual), {}, k.activation, 0, {}, k.virtual_batch_size))
       .ne(0);
 }
 
@@ -149,8 +151,8 @@ Tensor laid_for_mask(const Tensor& input, const std::vector<int64_t>& strides) {
 }
 
 // Gradients that can be differentiated again: the activation's from torch's operations, batch norm's from a node of
-// their own, of kernels too, or where no node may be, from torch's operations.
-variable_list differentiable(const Tensor& grad_output, const Kept& k) {
+// their own, of kernels too, or where no node may be, from torch's operations. passed: by passed_by_forward.
+variable_list differentiable(const Tensor& grad_output, const Kept& k, const Tensor& passed) {
   const auto wanted = mask_of_norm(k.bits);
   const OptionalTensor weight = optional(k.weight);
   const Activation kind = activation_of(k.activation);
@@ -162,7 +164,7 @@ variable_list differentiable(const Tensor& grad_output, const Kept& k) {
     const Tensor v = composite_forward(k.input, weight, bias, k.saved, k.training, k.eps);
     return k.residual.defined() ? v + k.residual.to(v.scalar_type()) : v;
   };
-  const Tensor dy = through_activation(grad_output, k.input, kind, k.slope, passed_by_forward(k, kind), argument);
+  const Tensor dy = through_activation(grad_output, k.input, kind, k.slope, passed, argument);
   variable_list list(4);
   if (mask_of(k.bits)[3]) list[3] = dy.to(grad_output.scalar_type());
   if (!wanted[0] && !wanted[1] && !wanted[2]) return list;
@@ -175,6 +177,37 @@ variable_list differentiable(const Tensor& grad_output, const Kept& k) {
   const variable_list made = FirstGradients::apply(dy, k.input, weight, k.saved, k.training, k.eps, k.bits);
   for (size_t i = 0, at = 0; i < 3; ++i) {
     if (wanted[i]) list[i] = made[at++];
+  }
+  return list;
+}
+
+// The same of a batch that was cut: of each virtual batch, and what is one for all of them added up.
+variable_list differentiable(const Tensor& grad_output, const Kept& k) {
+  const Tensor passed = passed_by_forward(k, activation_of(k.activation));
+  if (k.virtual_batch_size == 0) return differentiable(grad_output, k, passed);
+  const Shape shape{k.input.size(0), k.input.size(1), k.input.dim() == 3 ? k.input.size(2) : 1};
+  const VirtualBatches batches = virtual_batches(shape, k.input.dim(), k.virtual_batch_size);
+  std::array<variable_list, 4> found;
+  for (int64_t i = 0; i < batches.count; ++i) {
+    const auto piece = [&](const Tensor& t) {
+      return t.defined() ? t.narrow(0, batches.begin(i), batches.samples(i, shape.n)) : t;
+    };
+    Kept one = k;
+    one.input = piece(k.input);
+    one.residual = piece(k.residual);
+    one.saved = k.saved.narrow(0, i * kSavedRows, kSavedRows);
+    one.virtual_batch_size = 0;
+    const variable_list of_piece = differentiable(piece(grad_output), one, piece(passed));
+    for (size_t j = 0; j < found.size(); ++j) {
+      if (of_piece[j].defined()) found[j].push_back(of_piece[j]);
+    }
+  }
+  variable_list list(4);
+  for (const size_t of_input : {0, 3}) {
+    if (!found[of_input].empty()) list[of_input] = at::cat(found[of_input], 0);
+  }
+  for (const size_t of_parameter : {1, 2}) {
+    if (!found[of_parameter].empty()) list[of_parameter] = at::stack(found[of_parameter]).sum(0);
   }
   return list;
 }
@@ -195,7 +228,7 @@ variable_list gradients(const Tensor& dy, Kept k) {
   if (!wanted[0] && !wanted[1] && !wanted[2] && !wanted[3]) return list;
   auto [dx, dw, db, dr] =
       backward_op().call(dy, k.input, optional(k.weight), k.saved, k.training, wanted, type_of(k.bits),
-                         optional(k.residual), optional(k.mask), k.activation, k.slope, {});
+                         optional(k.residual), optional(k.mask), k.activation, k.slope, {}, k.virtual_batch_size);
   if (wanted[0]) list[0] = std::move(dx);
   if (wanted[1]) list[1] = std::move(dw);
   if (wanted[2]) list[2] = std::move(db);

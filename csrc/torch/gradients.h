@@ -33,6 +33,7 @@ struct Kept {
   double eps, slope;
   std::string activation;
   int64_t bits;
+  int64_t virtual_batch_size;
 };
 
 // The gradients of input, weight, bias and residual, in this order; undefined where not wanted. With GradMode they can

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -13,12 +14,14 @@ namespace schema {
 using BatchNorm = Tensor(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
                          const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                         double eps, const OptionalTensor& residual, std::string_view activation, double slope);
+                         double eps, const OptionalTensor& residual, std::string_view activation, double slope,
+                         int64_t virtual_batch_size);
 using Forward = Forwarded(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                           const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& residual,
-                          std::string_view activation, double slope, const OptionalTensor& moments);
+                          std::string_view activation, double slope, const OptionalTensor& moments,
+                          int64_t virtual_batch_size);
 using Inference = Tensor(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const Tensor& running_mean, const Tensor& running_var, double eps,
                          const OptionalTensor& residual, std::string_view activation, double slope);
@@ -28,7 +31,7 @@ using InPlace = void(const Tensor& input, const OptionalTensor& weight, const Op
 using Backward = Gradients(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                            const Tensor& saved, bool training, std::array<bool, 4> output_mask, OptionalType bias_dtype,
                            const OptionalTensor& residual, const OptionalTensor& mask, std::string_view activation,
-                           double slope, const OptionalTensor& sums);
+                           double slope, const OptionalTensor& sums, int64_t virtual_batch_size);
 using DoubleBackward = ThreeTensors(const OptionalTensor& gg_input, const OptionalTensor& gg_weight,
                                     const OptionalTensor& gg_bias, const Tensor& grad_output, const Tensor& input,
                                     const OptionalTensor& weight, const Tensor& saved, bool training,
@@ -51,18 +54,26 @@ struct Operators {
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                            const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& residual,
-                           std::string_view activation, double slope, const OptionalTensor& moments) {
+                           std::string_view activation, double slope, const OptionalTensor& moments,
+                           int64_t virtual_batch_size) {
     const Guard guard(input);
+    if (virtual_batch_size > 0 && input.defined() && !samples_lie_apart(input)) {
+      auto results = forward(input.contiguous(), weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                             eps, mean, var, dense(residual), activation, slope, moments, virtual_batch_size);
+      std::get<0>(results) = at::empty_like(input).copy_(std::get<0>(results));
+      return results;
+    }
     const After after{residual, activation, slope};
     ForwardCall call;
     if (has(mean) || has(var)) {
       TORCH_CHECK(!has(running_mean) && !has(running_var) && !has(num_batches_tracked),
                   "with mean and var given there are no running statistics to move");
       TORCH_CHECK(!has(moments), "statistics are either mean and var or those of moments");
+      TORCH_CHECK(virtual_batch_size == 0, "with mean and var given there are no virtual batches");
       call = prepare_evaluation(input, weight, bias, mean.value_or(Tensor()), var.value_or(Tensor()), eps, after, true);
     } else {
       call = prepare_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, after,
-                              moments);
+                              moments, virtual_batch_size);
     }
     if (!call.empty) Device::forward(input, call);
     call.count_batch();
@@ -101,10 +112,18 @@ struct Operators {
   static Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                             const Tensor& saved, bool training, std::array<bool, 4> output_mask,
                             OptionalType bias_dtype, const OptionalTensor& residual, const OptionalTensor& mask,
-                            std::string_view activation, double slope, const OptionalTensor& sums) {
+                            std::string_view activation, double slope, const OptionalTensor& sums,
+                            int64_t virtual_batch_size) {
     const Guard guard(input);
+    if (virtual_batch_size > 0 && input.defined() && !samples_lie_apart(input)) {
+      auto results = backward(grad_output, input.contiguous(), weight, saved, training, output_mask, bias_dtype,
+                              dense(residual), mask, activation, slope, sums, virtual_batch_size);
+      if (output_mask[0]) std::get<0>(results) = at::empty_like(input).copy_(std::get<0>(results));
+      if (output_mask[3]) std::get<3>(results) = at::empty_like(input).copy_(std::get<3>(results));
+      return results;
+    }
     const BackwardCall call = prepare_backward(grad_output, input, weight, saved, training, output_mask, bias_dtype,
-                                               mask, {residual, activation, slope}, sums);
+                                               mask, {residual, activation, slope}, sums, virtual_batch_size);
     const BackwardArgs& a = call.args;
     if (!call.empty && (a.dx || a.grad_residual || a.sums())) Device::backward(input, call);
     return call.gradients();
@@ -132,6 +151,8 @@ struct Operators {
       Device::double_backward(input, weight, saved, arriving, call);
     return call.gradients();
   }
+
+  static OptionalTensor dense(const OptionalTensor& t) { return has(t) ? OptionalTensor(t->contiguous()) : t; }
 
   static void add_to(torch::Library& m) {
     m.impl("batch_norm_forward", forward);

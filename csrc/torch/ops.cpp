@@ -5,14 +5,15 @@
 // Optional inputs are fine with every tracer, optional outputs are not: what output_mask leaves out has no elements.
 // activation: identity, relu, leaky_relu, silu or gelu. saved: core/kernels.h's SavedRow. mask: core/activation.h's,
 // for backward's eyes only. moments, sums: float64, rows by core/kernels.h's MomentRow and SumRow. bias_dtype: of the
-// bias's gradient; none: weight's, or that of the statistics.
+// bias's gradient; none: weight's, or that of the statistics. virtual_batch_size, in training: each piece of so many
+// samples (core/virtual_batch.h) by its own statistics; 0: all together. There is no mask then.
 TORCH_LIBRARY(bn_ext, m) {
   // act(batch_norm(input) + residual), differentiable, for eager mode: forward or inference, and its autograd node
   // (autograd.cpp).
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, Tensor? residual=None, "
-      "str activation=\"identity\", float negative_slope=0.01) -> Tensor");
+      "str activation=\"identity\", float negative_slope=0.01, int virtual_batch_size=0) -> Tensor");
 
   // The kernels of a device. Forward returns the output, saved and a mask. By the batch's statistics, which move the
   // running ones; with mean and var given by those, and nothing moves. By the statistics of a batch of which input is a
@@ -21,7 +22,7 @@ TORCH_LIBRARY(bn_ext, m) {
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor? mean=None, "
       "Tensor? var=None, Tensor? residual=None, str activation=\"identity\", float negative_slope=0.01, "
-      "Tensor? moments=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? moments=None, int virtual_batch_size=0) -> (Tensor, Tensor, Tensor)");
   m.def("batch_norm_moments(Tensor input) -> Tensor");
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
@@ -34,7 +35,7 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, "
       "bool[4] output_mask, ScalarType? bias_dtype=None, Tensor? residual=None, Tensor? mask=None, "
-      "str activation=\"identity\", float negative_slope=0.01, Tensor? sums=None) "
+      "str activation=\"identity\", float negative_slope=0.01, Tensor? sums=None, int virtual_batch_size=0) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "batch_norm_gradient_sums(Tensor grad_output, Tensor input, Tensor saved, Tensor? residual=None, "

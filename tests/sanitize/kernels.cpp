@@ -153,7 +153,7 @@ struct Call {
   DType type = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   bool training = false;
-  int64_t batches = 0;
+  int64_t batches = 0, virtual_batch = 0;
   Operand x, y, dy, dx, residual, grad_residual, gg;
   Vector weight, bias, mean, var, grad_weight, grad_bias, gg_weight;
   Memory saved, mask, moments, sums;
@@ -194,7 +194,9 @@ Call random_call() {
   c.mean = Vector(c.shape.c, any_type(), false), c.var = Vector(c.shape.c, any_type(), true);
   c.grad_weight = Vector(c.shape.c, any_type(), false), c.grad_bias = Vector(c.shape.c, any_type(), false);
   c.gg_weight = Vector(c.shape.c, any_type(), false);
-  c.saved = Memory(kSavedRows * c.shape.c * element_bytes(accumulate_type(c.type)), 0);
+  c.virtual_batch = 1 + below(c.shape.n);
+  const int64_t rows = kSavedRows * most_virtual_batches(c.shape.n, c.virtual_batch);
+  c.saved = Memory(rows * c.shape.c * element_bytes(accumulate_type(c.type)), 0);
   c.mask = Memory(mask_bytes(c.shape.numel(), kCpuMaskElements), 0);
   c.moments = Memory(2 * kMomentRows * c.shape.c * sizeof(double), 0);
   c.sums = Memory(2 * kSumRows * c.shape.c * sizeof(double), 0);
@@ -235,6 +237,19 @@ void run_in_stages(Call* c, ForwardArgs forward, BackwardArgs backward, const cp
   kernels.backward(backward, parallel);
 }
 
+// Training of a batch that is cut, where samples lie one after the other in what is written.
+void run_cut(Call* c, ForwardArgs forward, BackwardArgs backward, const cpu::Kernels& kernels,
+             const Parallel& parallel) {
+  for (const Operand* o : {&c->y, &c->dx, &c->grad_residual}) {
+    if (o->ref.stride_n < o->ref.stride_c || o->ref.stride_n < o->ref.stride_l) return;
+  }
+  forward.batches = backward.batches = cut(c->shape, c->virtual_batch);
+  if (forward.batches.size * c->shape.l == 1) return;
+  forward.training = backward.training = true;
+  kernels.forward(forward, parallel);
+  kernels.backward(backward, parallel);
+}
+
 void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   settle(c);
   constexpr double kEps = 1e-5;
@@ -271,6 +286,7 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   if (c->has_residual) twice.gg_weight = c->gg_weight.ref;
   kernels.double_backward(twice, parallel);
   run_in_stages(c, forward, backward, kernels, parallel);
+  if (!epilogue.activates()) run_cut(c, forward, backward, kernels, parallel);
 
   const bool masked = c->has_residual && by_sign(c->activation);
   std::memset(c->mask.data(), 0, c->mask.size());
@@ -281,6 +297,8 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   if (c->has_residual) backward.grad_residual = c->grad_residual.ref;
   kernels.backward(backward, parallel);
   run_in_stages(c, forward, backward, kernels, parallel);
+  forward.epilogue.mask = backward.epilogue.mask = nullptr;
+  run_cut(c, forward, backward, kernels, parallel);
 }
 
 bool same(const Call& a, const Call& b) {
