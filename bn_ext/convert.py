@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .fusion.parents import fused_class, original_of
+from .fusion.ghost import GHOST, is_ghost
+from .fusion.parents import fused_class, original_of, why_not
 from .fusion.report import Analysis, Fusion
 from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d, mark_as_leaf
 
@@ -55,6 +56,10 @@ def convert(model: Model, fuse: bool = False) -> Model:
     them), SyncBatchNorm and the 2-D and 3-D variants are left alone, and reported. It succeeds, or raises and leaves
     the model as it was.
 
+    pytorch-tabnet's GBN, which calls its batch norm for one chunk of the batch after the other, has the loop computed
+    in one call: it gets a subclass of its class, of the same name. A last chunk of one row joins the one before it,
+    where the loop raises.
+
     With fuse, what calls a batch norm also has it computed in one pass with the activation (ReLU, LeakyReLU, SiLU,
     exact GELU; module, function or method) that alone reads its output, and with an addition before that:
 
@@ -95,6 +100,10 @@ def convert(model: Model, fuse: bool = False) -> Model:
                 undo.change(module, _FUSED[type(module)])
         if fuse:
             _fuse(model, undo)
+        for module in list(model.modules()):
+            kind = original_of(module)
+            if is_ghost(kind) and not why_not(kind, GHOST):
+                undo.change(module, fused_class(kind, GHOST))
     except BaseException:
         undo.all()
         raise

@@ -330,7 +330,8 @@ class OpLog(TorchDispatchMode):
         name = func.name()
         if "batch_norm" in name:
             self.calls.append((name, args))
-            self.fused += len(args) > RESIDUAL.get(name, len(args))
+            residual, activation = [*args[RESIDUAL.get(name, len(args)) :][:2], None, "identity"][:2]
+            self.fused += residual is not None or activation not in (None, "identity")
         return func(*args, **(kwargs or {}))
 
     @property

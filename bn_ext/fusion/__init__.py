@@ -12,6 +12,7 @@ A batch norm stays a batch norm. What fuses is whoever calls it and what follows
     syntax.py    questions that both ask of syntax trees
     rewrite.py   what the source becomes
     watch.py     classes whose code looks at classes, which have to keep theirs
+    ghost.py     the loop of pytorch-tabnet over virtual batches in one call
     parents.py   subclasses with such methods in place of the model's own
     report.py    every batch norm of a model: where it is called, what is computed there, why not more
 """

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import waiting
+from .ghost import GHOST, in_one_call, is_ghost
 from .pairing import is_sequential, run_sequential
 from .rewrite import FROM, SPEC, Sites, methods_of, original_of_class, rewritten
 from .source import Unreadable
@@ -91,6 +92,16 @@ def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
     return output if norm is None else norm(output)
 
 
+def _ghost_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    loop: Any = original.forward
+
+    def forward(self: nn.Module, x: Any) -> Any:
+        output = in_one_call(self, x)
+        return loop(self, x) if output is None else output
+
+    return forward
+
+
 # ---- the classes ----
 
 # By the original's identity, so that neither is kept alive.
@@ -115,7 +126,12 @@ def fused_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
 
     members: dict[str, Any] = {}
     functions = methods_of(original)
+    if spec == GHOST and not is_ghost(original):
+        raise Unreadable(f"{original.__name__} is another one")
     for name, sites in spec:
+        if spec == GHOST:
+            members[name] = _guarded(original, name, functions[name], _ghost_forward(original), today)
+            continue
         made = rewritten(original, functions[name], sites) if name in functions else None
         if made is None:
             raise Unreadable(f"the source of {original.__name__}.{name} is another one")
