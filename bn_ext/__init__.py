@@ -25,6 +25,7 @@ else:
 
     from . import functional
     from .convert import convert, fusion_report, revert
+    from .freezing import freeze, unfreeze
     from .fusion.container import BatchNormAct1d
     from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
 
@@ -54,7 +55,9 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "freeze",
     "functional",
     "fusion_report",
     "revert",
+    "unfreeze",
 ]

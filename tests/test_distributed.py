@@ -200,9 +200,33 @@ def converted_after_sharding(device: str) -> Any:
     return [(e.name, e.converted, e.reason) for e in bn_ext.fusion_report(model)], type(model[3]).__name__
 
 
+def frozen(device: str) -> Any:
+    """Batch norms frozen before and behind what wraps them: the modes in training, the statistics that moved."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+
+    def shard(model: nn.Sequential) -> nn.Module:
+        fully_shard(model[1], mesh=mesh)  # a class of its own
+        return fully_shard(model, mesh=mesh)
+
+    found = {}
+    for cls in KINDS:
+        for wrap in (nn.parallel.DistributedDataParallel, shard):
+            for late in (False, True):
+                model = network(cls, device)
+                whole = bn_ext.freeze(wrap(model)) if late else wrap(bn_ext.freeze(model))
+                before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                state = train(whole.train(), device)
+                moved = [name for name in before if not torch.equal(dict(model.named_buffers())[name], before[name])]
+                modes = [model[1].training, model[3].training, bn_ext.unfreeze(whole) is whole, model[1].training]
+                found[f"{cls.__name__} {wrap.__name__} {late}"] = (modes, moved, bool(state["loss"].isfinite()))
+    return found
+
+
 # Two processes share the one device there may be, through gloo, which scatters and gathers in a CPU's memory alone.
 ANYWHERE = (data_parallel, data_parallel_own_buffers, data_parallel_compiled, synchronised)
-ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused, converted_after_sharding)
+ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused, converted_after_sharding, frozen)
 
 
 def work(rank: int, folder: str, device: str) -> None:
@@ -293,6 +317,13 @@ def test_a_batch_norm_that_was_sharded_is_reported() -> None:
         (first, converted, reason), (second, also, _) = report
         assert (first, converted, second, also, other) == ("1", False, "3", True, "FusedBatchNorm1d")
         assert "sharded" in reason and "convert before" in reason
+
+
+def test_frozen_batch_norms_in_groups() -> None:
+    for found in results_of(frozen, "cpu"):
+        assert len(found) == 8
+        for case, result in found.items():
+            assert result == ([False, False, True, True], [], True), case
 
 
 def test_sync_batch_norm_takes_over(device: str) -> None:
