@@ -118,9 +118,18 @@ def test_the_unusual_is_left_alone(case: str) -> None:
     assert given["num_batches_tracked"].item() in (1, 3)
 
 
-@pytest.mark.parametrize("count", [0, 1, 8, 13])
+@pytest.mark.parametrize("count", [0, 1, 8, 14])
 def test_too_few_and_too_many(count: int) -> None:
-    assert _C.batch_norm(*[*arguments().values(), 1][:count]) is None
+    assert _C.batch_norm(*[*arguments().values(), 2, 1][:count]) is None
+
+
+@pytest.mark.parametrize("size", [None, True, 2.0, "2", 10**30])
+def test_a_virtual_batch_size_that_is_no_number_is_left_to_the_operator(size: Any) -> None:
+    given = arguments()
+    assert _C.batch_norm(*given.values(), 2) is not None
+    before = given["num_batches_tracked"].item()
+    assert _C.batch_norm(*given.values(), size) is None
+    assert given["num_batches_tracked"].item() == before
 
 
 def test_a_trace_records_the_operator() -> None:
