@@ -103,6 +103,8 @@ def _check_stage(input: Tensor, given: Tensor | None, rows: int, name: str) -> N
 
 def most_virtual_batches(samples: int, size: int) -> int:
     """Return how many virtual batches saved has room for: csrc/core/virtual_batch.h's bound, which needs no guard."""
+    if size < 0:
+        raise ValueError(f"virtual_batch_size should be at least 1, but is {size}")
     if size == 0:
         return 1
     return torch.sym_max(1, (samples + size - 1) // size)  # type: ignore[no-any-return]

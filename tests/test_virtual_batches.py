@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bn_ext
 from bn_ext.functional import batch_norm
@@ -324,6 +325,10 @@ def test_operators_refuse_what_has_no_virtual_batches() -> None:
     plain = (x, weight, None, None, None, None, 0.1, EPS)
     with pytest.raises(ValueError, match="at least 1, but is -1"):
         OPS.batch_norm_forward(*plain, virtual_batch_size=-1)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="at least 1, but is -1"):
+        OPS.batch_norm_forward(
+            *(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in plain), virtual_batch_size=-1
+        )
     with pytest.raises(RuntimeError, match="no virtual batches"):
         OPS.batch_norm_forward(*plain, torch.zeros(C), torch.ones(C), virtual_batch_size=4)
     moments = OPS.batch_norm_moments(x)[None]

@@ -129,10 +129,9 @@ def fused_class(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
     if spec == GHOST and not is_ghost(original):
         raise Unreadable(f"{original.__name__} is another one")
     for name, sites in spec:
-        if spec == GHOST:
-            members[name] = _guarded(original, name, functions[name], _ghost_forward(original), today)
-            continue
-        made = rewritten(original, functions[name], sites) if name in functions else None
+        made = None
+        if name in functions:
+            made = _ghost_forward(original) if spec == GHOST else rewritten(original, functions[name], sites)
         if made is None:
             raise Unreadable(f"the source of {original.__name__}.{name} is another one")
         members[name] = _guarded(original, name, functions[name], made, today)
