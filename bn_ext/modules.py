@@ -118,9 +118,12 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         torch.Size([4, 2, 100])
     """
 
-    virtual_batch_size: int | None = None  # of modules that were pickled before it was, too
+    if TYPE_CHECKING:
+        virtual_batch_size: int | None  # TorchScript reads the annotations of a class, and not this one
+    else:
+        virtual_batch_size = None  # of modules that were pickled before it was, too
 
-    if not TYPE_CHECKING:  # torch's own signature, whichever its release has
+        # torch's own signature, whichever its release has
 
         @functools.wraps(nn.BatchNorm1d.__init__)
         def __init__(self, *args, virtual_batch_size=None, **kwargs):

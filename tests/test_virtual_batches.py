@@ -290,6 +290,15 @@ def test_fused_pairs_are_cut_too(activation: nn.Module) -> None:
     assert wider.dtype == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_module_is_torchs_whole_batch() -> None:
+    x = normal((23, C))
+    scripted, whole = torch.jit.script(norm_of(6)), norm_of(None)
+    torch.testing.assert_close(scripted(x), whole(x))
+    assert scripted.num_batches_tracked == 1
+    torch.testing.assert_close(scripted.eval()(x), whole.eval()(x))
+
+
 def test_a_module_keeps_its_size() -> None:
     norm = norm_of(6)
     assert repr(norm).endswith("virtual_batch_size=6)")
