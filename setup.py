@@ -31,7 +31,7 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
 
 
-CUDA_SOURCES = sources("cuda/*.cu", "cuda/launch.cpp", "torch/cuda_ops.cpp")
+CUDA_SOURCES = sources("cuda/*.cu", "cuda/cut.cpp", "cuda/launch.cpp", "cuda/padded.cpp", "torch/cuda_ops.cpp")
 CPP_SOURCES = [name for name in sources("*/*.cpp") if name not in CUDA_SOURCES]
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc", "**/*.inl")
 

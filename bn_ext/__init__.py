@@ -28,6 +28,8 @@ else:
     from .freezing import freeze, unfreeze
     from .fusion.container import BatchNormAct1d
     from .modules import FusedBatchNorm1d, LazyFusedBatchNorm1d
+    from .recompute import keep_statistics
+    from .renorm_module import FusedBatchRenorm1d
 
     def build_info() -> dict[str, object]:
         """Return what the library was built with, and the instruction-set level that it uses in this process.
@@ -51,6 +53,7 @@ else:
 __all__ = [
     "BatchNormAct1d",
     "FusedBatchNorm1d",
+    "FusedBatchRenorm1d",
     "LazyFusedBatchNorm1d",
     "__version__",
     "build_info",
@@ -58,6 +61,7 @@ __all__ = [
     "freeze",
     "functional",
     "fusion_report",
+    "keep_statistics",
     "revert",
     "unfreeze",
 ]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .padding import where_valid
+
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
 
 
@@ -61,10 +63,23 @@ def _needs_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def finish(output: Tensor, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float,
-           inplace: bool) -> Tensor:  # fmt: skip
-    """Return act(output + residual), output being the batch norm of input, written into input if so asked."""
+def finish(
+    output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    inplace: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Return act(output + residual), output being the batch norm of input, written into input if so asked.
+
+    With valid, what counts of a padded batch, it is zero elsewhere, whatever lies there in residual.
+    """
+    if valid is not None and residual is not None:  # before the activation: its derivative there may be no number
+        output, residual = where_valid(output + residual, input, valid), None
     result = activate(output, residual, activation or "identity", negative_slope)
+    result = result if valid is None else where_valid(result, input, valid)
     return input.copy_(result) if inplace else result
 
 

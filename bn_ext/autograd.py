@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .padding import gathered
 
 Gradients = tuple[Tensor | None, ...]
 Mask = tuple[bool, bool, bool]
@@ -91,9 +92,10 @@ class BatchNorm(torch.autograd.Function):
         eps: float,
         mean: Tensor | None,
         var: Tensor | None,
+        valid: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return ops.batch_norm_forward(  # type: ignore[no-any-return]
-            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, mean, var
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, mean, var, valid=valid
         )
 
     @staticmethod
@@ -101,23 +103,31 @@ class BatchNorm(torch.autograd.Function):
         _, saved, mask = output
         ctx.mark_non_differentiable(saved, mask)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], inputs[1], saved)
+        ctx.save_for_backward(inputs[0], inputs[1], saved, inputs[10])
         ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
         ctx.eps, ctx.training = inputs[7], inputs[8] is None
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> Gradients:
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 11
         wanted = ctx.needs_input_grad[:3]
-        first = (grad_output, *ctx.saved_tensors, ctx.training)
-        if torch.is_grad_enabled():
-            found = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
-                *first, ctx.eps, wanted, ctx.bias_dtype
+        input, weight, saved, valid = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            first = (grad_output, input, weight, saved, ctx.training, (*wanted, False), ctx.bias_dtype)
+            return _only(wanted, ops.batch_norm_backward(*first, valid=valid)[:3], 11)
+        of_parameters: list[Tensor] = []
+
+        def gradients(grad_output: Tensor, input: Tensor) -> Tensor:
+            first, *rest = BatchNormGradients.apply(  # type: ignore[no-untyped-call]
+                grad_output, input, weight, saved, ctx.training, ctx.eps, wanted, ctx.bias_dtype
             )
-        else:
-            found = ops.batch_norm_backward(*first, (*wanted, False), ctx.bias_dtype)[:3]
-        return _only(wanted, found, 10)
+            of_parameters.extend(rest)
+            return first if wanted[0] else torch.zeros_like(input)  # what is not wanted has no elements
+
+        # Of a padded batch, that of what counts.
+        of_input = gradients(grad_output, input) if valid is None else gathered(gradients, grad_output, valid, input)
+        return _only(wanted, (of_input, *of_parameters), 11)
 
 
 def batch_norm(
@@ -130,6 +140,7 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Do what ops.batch_norm does, with the Functions above in place of its node in C++.
 
@@ -139,7 +150,7 @@ def batch_norm(
     if not training:
         fixed, running_mean, running_var, num_batches_tracked = (running_mean, running_var), None, None, None
     return BatchNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *fixed
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *fixed, valid
     )[0]
 
 

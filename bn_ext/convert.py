@@ -130,7 +130,8 @@ def revert(model: Model) -> Model:
     """Undo convert: make every FusedBatchNorm1d and LazyFusedBatchNorm1d of model torch's own, in place.
 
     What calls them gets its own class back; where a tool has made a subclass of it since, its forward stays, and calls
-    the batch norms as they are. A BatchNormAct1d stays one, with a batch norm of torch's in it.
+    the batch norms as they are. A BatchNormAct1d stays one, with a batch norm of torch's in it. What gives a batch norm
+    lengths, a mask or a packed sequence has to be changed: torch's takes none of them.
 
     Args:
         model: any nn.Module, converted or built with the fused classes.

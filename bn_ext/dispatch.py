@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch._C import _disabled_torch_function_impl as _no_override
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_functorch_wrapped_tensor,
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -23,10 +27,14 @@ from torch.utils._device import DeviceContext
 from . import autograd, ops
 from ._C import batch_norm as _eager
 from .activation import finish
+from .batches import has_single_value, piece_by_piece
 from .devices import kernels_on
+from .padding import check_padded
 
 # The arguments of by_operator. Its result is None where there is no kernel, and then nothing has changed.
 Implementation = Callable[..., Tensor | None]
+# Batch renormalisation's max_r, max_d, warmup_steps and smooth, as the operators take them.
+Renorm = tuple[float, float, float, float]
 
 
 def has_kernel(input: Tensor) -> bool:
@@ -48,13 +56,13 @@ def is_foreign(input: Tensor) -> bool:
 
 _function_modes = torch._C._len_torch_function_stack
 
+# Modes that do not care which batch norm runs: torch.set_default_device's, and recompute.py's.
+QUIET: set[type] = {DeviceContext}
+
 
 def modes_listen() -> bool:
-    """Return whether a TorchFunctionMode is on that may care for the calls of torch's functions.
-
-    torch.set_default_device has one on too, which cares for functions that make tensors.
-    """
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes()))
+    """Return whether a TorchFunctionMode is on that may care for the calls of torch's functions."""
+    return any(type(torch._C._get_function_stack_at(i)) not in QUIET for i in range(_function_modes()))
 
 
 # torch.nn.functional.batch_norm as it was at import, and functional.py's: who puts another there wants to be called.
@@ -62,9 +70,20 @@ _FUNCTIONAL = vars(F)
 KNOWN = {F.batch_norm}
 
 
-def is_watched() -> bool:
-    """Return whether somebody is to see the call of torch.nn.functional.batch_norm that torch's own forward makes."""
-    return _FUNCTIONAL["batch_norm"] not in KNOWN or (_function_modes() > 0 and modes_listen())
+def is_watched(more: bool = False) -> bool:
+    """Return whether somebody is to see the call of torch.nn.functional.batch_norm that torch's own forward makes.
+
+    Of more than that, a mode only where no checkpoint will run it again, or does: torch's operations save another
+    number of tensors than our operator, and the mode may be there in one of the two runs alone.
+    """
+    if _FUNCTIONAL["batch_norm"] not in KNOWN:
+        return True
+    return _function_modes() > 0 and modes_listen() and not (more and _in_checkpoint())
+
+
+def _in_checkpoint() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def transforms_supported() -> bool:
@@ -84,8 +103,8 @@ def overrides_functions(input: Tensor) -> bool:
     return kind is not Tensor and getattr(kind, "__torch_function__", _no_override) is not _no_override
 
 
-def choose(input: Tensor) -> Implementation | None:
-    """Return what computes batch norm where the call stands, or None where torch's own has to.
+def choose(input: Tensor, more: bool = False) -> Implementation | None:
+    """Return what computes batch norm where the call stands, or None where torch's own has to; more: and more than it.
 
     by_operator is for eager calls, torch.compile, torch.export and torch.jit.trace; by_functions is for torch.func.grad
     and vjp. Torch's own is for forward-mode AD, vmap, ONNX, tensor types that override functions or
@@ -101,7 +120,7 @@ def choose(input: Tensor) -> Implementation | None:
         if not plain or torch.onnx.is_in_onnx_export() or (torch.compiler.is_dynamo_compiling() and is_watched()):
             return None
     else:  # what is asked here costs half of what a call of its own would
-        watched = (_FUNCTIONAL["batch_norm"] not in KNOWN or _function_modes()) and is_watched()
+        watched = (_FUNCTIONAL["batch_norm"] not in KNOWN or _function_modes()) and is_watched(more)
         foreign = type(input) is not Tensor and is_foreign(input)
         if watched or foreign or (_get_tracing_state() and torch.onnx.is_in_onnx_export()):
             return None
@@ -117,7 +136,8 @@ def leave_to_torch(error: Exception, input: Tensor) -> None:
     if text.startswith("float division by zero"):
         raise ZeroDivisionError("float division by zero") from None
     of_arguments = "() Expected a value of type" in text or text.startswith("batch_norm eps must be")
-    if not of_arguments and (not isinstance(error, NotImplementedError) or has_kernel(input)):
+    of_torch = text.startswith("virtual batches are cut by torch")
+    if not (of_arguments or of_torch) and (not isinstance(error, NotImplementedError) or has_kernel(input)):
         raise error
 
 
@@ -127,15 +147,29 @@ def restored_on_error(*tensors: Tensor | None) -> Iterator[None]:
     if torch.compiler.is_compiling() or _get_tracing_state():
         yield  # what is recorded here would run in every call
         return
-    with torch._C.DisableTorchFunction():  # who listens hears what torch's own forward does, and no more
-        kept = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+    kept = []
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            with unheard(tensor):
+                kept.append((tensor, tensor.detach().clone()))
     try:
         yield
     except BaseException:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            for tensor, before in kept:
+        for tensor, before in kept:
+            with unheard(tensor), torch.no_grad():
                 tensor.copy_(before)
         raise
+
+
+@contextmanager
+def unheard(tensor: Tensor) -> Iterator[None]:
+    """Let no mode hear what is done to tensor, and no torch.func transform that tensor is not of."""
+    with torch._C.DisableTorchFunction():  # who listens hears what torch's own forward does, and no more
+        if _are_functorch_transforms_active() and not is_functorch_wrapped_tensor(tensor):
+            with torch._C._DisableFuncTorch():
+                yield
+        else:
+            yield
 
 
 _ALLOWS_MUTATION = getattr(torch.autograd.graph, "_CloneArgBeforeMutateMode", ())
@@ -187,6 +221,9 @@ def by_operator(
     negative_slope: float = 0.01,
     inplace: bool = False,
     virtual_batch_size: int | None = None,
+    valid: Tensor | None = None,
+    allow_single_value: bool = False,
+    renorm: Renorm | None = None,
 ) -> Tensor | None:
     """Return act(batch_norm(input) + residual) by our kernels.
 
@@ -200,18 +237,29 @@ def by_operator(
         activation, negative_slope: as the operators take them.
         inplace: write into input, in evaluation without autograd only.
         virtual_batch_size: in training, normalise every piece of so many samples by its own statistics.
+        valid: what counts of a padded batch, as padding.py has it; all else is zero in the output.
+        allow_single_value: take one value a channel in training as in evaluation.
+        renorm: in training, renormalise.
     """
     if residual is not None and not fits(input, residual):
         return _step_by_step(
             by_operator, input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
-            residual, activation, negative_slope, inplace, virtual_batch_size=virtual_batch_size,
+            residual, activation, negative_slope, inplace, virtual_batch_size=virtual_batch_size, valid=valid,
+            allow_single_value=allow_single_value, renorm=renorm,
         )  # fmt: skip
-    piece = virtual_batch_size if virtual_batch_size is not None and training else 0
+    if allow_single_value and training and valid is not None and torch.compiler.is_compiling():
+        if valid.device.type == "cpu" and running_mean is not None and running_var is not None:
+            return _single_or_more(
+                input, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps, residual,
+                activation, negative_slope, virtual_batch_size, valid,
+            )  # fmt: skip
+        allow_single_value = False
+    piece = min(virtual_batch_size, 1 << 62) if virtual_batch_size is not None and training else 0
     try:
         if not (inplace or torch.compiler.is_compiling()):
             output = _eager(
                 input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps, residual,
-                activation, negative_slope, piece,
+                activation, negative_slope, piece, valid, allow_single_value, renorm,
             )  # fmt: skip
             if output is not None:
                 return output
@@ -221,16 +269,52 @@ def by_operator(
             return None
         if inplace:
             ops.batch_norm_inference_(
-                input, weight, bias, running_mean, running_var, eps, residual, activation, negative_slope
+                input, weight, bias, running_mean, running_var, eps, residual, activation, negative_slope, valid
             )
             return input
         return ops.batch_norm(  # type: ignore[no-any-return]
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, residual,
-            activation, negative_slope, piece,
+            activation, negative_slope, piece, valid, allow_single_value, renorm,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)
         return None
+
+
+def _single_or_more(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    virtual_batch_size: int | None,
+    valid: Tensor,
+) -> Tensor | None:
+    """Return what by_operator does in training with allow_single_value, in a graph: it is one for all values of valid.
+
+    Both are computed, one of them of a batch of which nothing counts: that moves the count of batches alone.
+    """
+    arguments, after = (input, running_mean, running_var, weight, bias), (residual, activation, negative_slope)
+    single, nothing = valid.sum() == 1, torch.zeros_like(valid)
+    evaluated = by_operator(
+        *arguments, None, False, 0.0, eps, *after, valid=torch.where(single, valid, nothing),
+    )  # fmt: skip
+    count = None if num_batches_tracked is None else num_batches_tracked.clone()
+    trained = by_operator(
+        *arguments, count, True, momentum, eps, *after, virtual_batch_size=virtual_batch_size,
+        valid=torch.where(single, nothing, valid),
+    )  # fmt: skip
+    if evaluated is None or trained is None:
+        return None
+    if num_batches_tracked is not None and count is not None:
+        num_batches_tracked.copy_(torch.where(single, num_batches_tracked, count))
+    return torch.where(single, evaluated, trained)
 
 
 def by_functions(
@@ -239,46 +323,37 @@ def by_functions(
     running_var: Tensor | None,
     *others: Any,
     virtual_batch_size: int | None = None,
+    valid: Tensor | None = None,
+    allow_single_value: bool = False,
 ) -> Tensor | None:
     """Return what by_operator does by our autograd.Functions, and what follows batch norm by torch's operations."""
     weight, bias, num_batches_tracked, training, momentum, eps, *after = others
     if after:
         return _step_by_step(
-            by_functions, input, running_mean, running_var, *others, virtual_batch_size=virtual_batch_size
-        )
+            by_functions, input, running_mean, running_var, *others, virtual_batch_size=virtual_batch_size, valid=valid,
+            allow_single_value=allow_single_value,
+        )  # fmt: skip
+    if valid is not None:
+        check_padded(input, valid)
+    if allow_single_value and training and has_single_value(input, valid):
+        training = False
     if not _are_plain(running_mean, running_var, training, momentum, eps):
         return None
 
-    def whole(piece: Tensor) -> Tensor:
+    def whole(piece: Tensor, valid: Tensor | None = None) -> Tensor:
         return autograd.batch_norm(
-            piece, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+            piece, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, valid
         )
 
+    size = virtual_batch_size if training else None
     try:
-        return piece_by_piece(whole, input, virtual_batch_size if training else None)
+        if size is None:
+            return whole(input, valid)
+        with restored_on_error(running_mean, running_var, num_batches_tracked):  # a piece may raise after another
+            return piece_by_piece(whole, input, size, valid)
     except (RuntimeError, ValueError) as error:
         leave_to_torch(error, input)
         return None
-
-
-def check_virtual_batch_size(size: object) -> None:
-    """Raise for what is no number of samples: a TypeError, or a ValueError for one below 1. None is no cut."""
-    if size is None:
-        return
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"virtual_batch_size should be an int or None, but is {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"virtual_batch_size should be at least 1, but is {size}")
-
-
-def piece_by_piece(norm: Callable[[Tensor], Tensor], input: Tensor, size: int | None) -> Tensor:
-    """Return norm of the virtual batches of input, called in turn, as csrc/core/virtual_batch.h cuts them."""
-    if size is None:
-        return norm(input)
-    pieces = input.chunk(max(1, -(-input.shape[0] // size)))
-    if len(pieces) > 1 and pieces[-1].numel() == input.shape[1]:  # one value a channel
-        pieces = (*pieces[:-2], torch.cat(pieces[-2:]))
-    return torch.cat([norm(piece) for piece in pieces])
 
 
 def _step_by_step(
@@ -287,13 +362,17 @@ def _step_by_step(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *others: Any,
-    virtual_batch_size: int | None,
+    valid: Tensor | None,
+    **options: Any,
 ) -> Tensor | None:
     """Return what by_operator does, batch norm by implementation and what follows by torch's operations."""
     weight, bias, num_batches_tracked, training, momentum, eps, *after = others
     with restored_on_error(*((running_mean, running_var, num_batches_tracked) if training else ())):  # addition raises
         output = implementation(
             input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,
-            virtual_batch_size=virtual_batch_size,
+            valid=valid, **options,
         )  # fmt: skip
-        return None if output is None else finish(output, input, *after)
+        if output is None:
+            return None
+        residual, activation, negative_slope, inplace = after
+        return finish(output, input, residual, activation, negative_slope, inplace, valid)

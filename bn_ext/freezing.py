@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from .convert import Model
 
@@ -53,22 +53,34 @@ class _ResetRunningStats(_Stand):
     name = "reset_running_stats"
 
     def __call__(self) -> None:
-        # torch.optim.swa_utils.update_bn resets what it cannot fill again here; a lazy one's first input has to.
-        if isinstance(self.module, LazyModuleMixin) and self.module.num_features:
+        pass  # torch.optim.swa_utils.update_bn resets what it cannot fill again here
+
+
+class _ResetParameters(_Stand):
+    name = "reset_parameters"
+
+    def __call__(self) -> None:
+        # Asked for by name, of memory that to_empty has made or of a lazy one's first input: there are no values yet.
+        mine = vars(self.module)
+        kept = mine.pop(_ResetRunningStats.name, None)
+        try:
             self.hidden()()
+        finally:
+            if kept is not None:
+                mine[_ResetRunningStats.name] = kept
 
 
-_STANDS = (_Train, _ExtraRepr, _ResetRunningStats)
+_STANDS = (_Train, _ExtraRepr, _ResetRunningStats, _ResetParameters)
 
 
 def freeze(model: Model) -> Model:
     """Keep every batch norm of model in evaluation, whatever model.train() says, in place, and return model.
 
     Each normalises by its running statistics, and these and num_batches_tracked stay as they are, also where
-    reset_running_stats is called; load_state_dict writes them as ever. Weights and biases still learn where
-    requires_grad is True, by the gradients of evaluation. It concerns FusedBatchNorm1d, torch's BatchNorm1d, 2d and 3d,
-    SyncBatchNorm, lazy ones and all subclasses. They keep their class, and stay frozen through convert, revert,
-    copy.deepcopy and pickle. Their repr says frozen=True.
+    reset_running_stats is called; load_state_dict writes them as ever, and reset_parameters begins anew. Weights and
+    biases still learn where requires_grad is True, by the gradients of evaluation. It concerns FusedBatchNorm1d,
+    torch's BatchNorm1d, 2d and 3d, SyncBatchNorm, lazy ones and all subclasses. They keep their class, and stay frozen
+    through convert, revert, copy.deepcopy and pickle. Their repr says frozen=True.
 
     Three things are beyond it. module.training = True by hand holds until the next train(), eval() or freeze. What
     makes another module or program of this one, as SyncBatchNorm.convert_sync_batchnorm and torch.jit.script do, only
@@ -82,7 +94,8 @@ def freeze(model: Model) -> Model:
         model itself.
 
     Raises:
-        ValueError: a batch norm has no running statistics; its path is named, and nothing has changed.
+        ValueError: a batch norm has no running statistics, or is a program of torch.jit.script; its path is named, and
+            nothing has changed.
         AttributeError: model is no nn.Module.
 
     Example:
@@ -92,8 +105,15 @@ def freeze(model: Model) -> Model:
         >>> [module.training for module in model.train()]
         [True, False, True]
     """
+    scripted = [name or "model itself" for name, module in model.named_modules() if _is_scripted(module)]
+    if scripted:
+        raise ValueError(f"cannot freeze a batch norm of TorchScript: {', '.join(scripted)}")
     norms = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    without = [name or "model itself" for m, name in norms.items() if m.running_mean is None or m.running_var is None]
+    without = [
+        name or "model itself"
+        for norm, name in norms.items()
+        if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None
+    ]
     if without:
         raise ValueError(f"cannot freeze a batch norm without running statistics: {', '.join(without)}")
     for norm in norms:
@@ -103,6 +123,10 @@ def freeze(model: Model) -> Model:
             vars(norm).update({kind.name: kind(norm) for kind in _STANDS})
         norm.training = False
     return model
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
 
 
 def unfreeze(model: Model) -> Model:

@@ -19,7 +19,11 @@ from torch.overrides import (
 )
 
 from .activation import activate, check_activation, check_call, finish
-from .dispatch import KNOWN, check_virtual_batch_size, choose, piece_by_piece, restored_on_error
+from .batches import checked_virtual_batch_size, piece_by_piece
+from .dispatch import KNOWN, choose, modes_listen, restored_on_error
+from .padding import check_padded, checked_valid, gathered, masked
+from .ragged import is_ragged, of_values
+from .renorm import batch_renorm
 
 _native_batch_norm = F.batch_norm  # as it is at import: somebody may put ours there
 
@@ -38,6 +42,8 @@ def batch_norm(
     negative_slope: float = 0.01,
     inplace: bool = False,
     virtual_batch_size: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Apply batch normalisation to every channel, as torch.nn.functional.batch_norm does.
 
@@ -59,6 +65,8 @@ def batch_norm(
         inplace: write the result into input; in evaluation only, and where autograd does not need input.
         virtual_batch_size: when training, cut the batch as FusedBatchNorm1d does and normalise every piece by its own
             statistics.
+        lengths, mask: what counts of a padded batch, as FusedBatchNorm1d takes them; only one of them. A PackedSequence
+            or a jagged nested tensor has lengths of its own, and a residual of it is one with the same.
 
     Shape:
         - input: (N, C) or (N, C, L)
@@ -97,16 +105,26 @@ def batch_norm(
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         if training and virtual_batch_size is not None:
             raise RuntimeError("TorchScript has no virtual batches")
+        if lengths is not None or mask is not None:
+            raise RuntimeError("TorchScript has no padded batches")
         norm = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         result = activate(norm, residual, "identity" if activation is None else activation, negative_slope)
         return input.copy_(result) if inplace else result
-    check_virtual_batch_size(virtual_batch_size)
+    if type(input) is not Tensor and is_ragged(input):
+        call = partial(
+            batch_norm, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, training=training,
+            momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope, inplace=inplace,
+            virtual_batch_size=virtual_batch_size,
+        )  # fmt: skip
+        return of_values(call, input, lengths, mask, residual)  # type: ignore[no-any-return]
+    virtual_batch_size = checked_virtual_batch_size(virtual_batch_size)
     plain = residual is None and activation is None and not inplace
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return _overridden(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-            negative_slope, inplace, virtual_batch_size,
+            negative_slope, inplace, virtual_batch_size, lengths, mask,
         )  # fmt: skip
+    valid = None if lengths is None and mask is None else checked_valid(lengths, mask)
     if not plain:
         check_activation(activation)
         check_call(input, residual, training, inplace, weight, bias)
@@ -115,17 +133,22 @@ def batch_norm(
     if implementation is not None:
         after = () if plain else (residual, activation or "identity", negative_slope, inplace)
         output = implementation(
-            *arguments, None, training, momentum, eps, *after, virtual_batch_size=virtual_batch_size
+            *arguments, None, training, momentum, eps, *after, virtual_batch_size=virtual_batch_size, valid=valid
         )
         if output is not None:
             return output
 
     size = virtual_batch_size if training else None
     native = partial(_of_torch, *arguments[1:], training, momentum, eps)
-    if plain and size is None:
+    if plain and size is None and valid is None:
         return native(input)
+    whole = native
+    if valid is not None:
+        check_padded(input, valid)
+        whole = partial(gathered if training else masked, native)
     with restored_on_error(*((running_mean, running_var) if training else ())):
-        return finish(piece_by_piece(native, input, size), input, residual, activation, negative_slope, inplace)
+        output = piece_by_piece(whole, input, size, valid)
+        return finish(output, input, residual, activation, negative_slope, inplace, valid)
 
 
 def _of_torch(*arguments: Any) -> Tensor:
@@ -135,12 +158,14 @@ def _of_torch(*arguments: Any) -> Tensor:
 
 def _overridden(*arguments: Any) -> Tensor:
     """Let a tensor type with a __torch_function__ of its own decide; a plain call looks like one of torch's."""
-    residual, activation, negative_slope, inplace, virtual_batch_size = arguments[8:]
+    residual, activation, negative_slope, inplace, virtual_batch_size, lengths, mask = arguments[8:]
     after: dict[str, Any] = {}
     if residual is not None or activation is not None or inplace:
         after = {"residual": residual, "activation": activation, "negative_slope": negative_slope, "inplace": inplace}
     if virtual_batch_size is not None:
         after["virtual_batch_size"] = virtual_batch_size
+    if lengths is not None or mask is not None:
+        after.update(lengths=lengths, mask=mask)
     names = ("weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, arguments[3:8], strict=True))  # by name, as torch's own passes them on
     return handle_torch_function(batch_norm, arguments[:5], *arguments[:3], **(given | after))
@@ -162,10 +187,10 @@ class _Kernels(TorchFunctionMode):
 @contextmanager
 def kernels_beneath_modes() -> Iterator[None]:
     """Let every TorchFunctionMode see torch.nn.functional.batch_norm called, and our kernels do what they pass on."""
-    above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
-    if not above:
+    if not modes_listen():
         yield
         return
+    above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with _Kernels():
             for mode in reversed(above):
@@ -180,4 +205,4 @@ def kernels_beneath_modes() -> Iterator[None]:
             _push_mode(mode)
 
 
-__all__ = ["batch_norm"]  # what is for users; the rest of bn_ext takes more from here
+__all__ = ["batch_norm", "batch_renorm"]  # what is for users; the rest of bn_ext takes more from here

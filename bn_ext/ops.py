@@ -25,7 +25,8 @@ batch_norm_double_backward = _family.batch_norm_double_backward.default
 batch_norm_composite_backward = _family.batch_norm_composite_backward.default
 batch_norm_composite_double_backward = _family.batch_norm_composite_double_backward.default
 
-SAVED_ROWS, MOMENT_ROWS, SUM_ROWS = 6, 4, 3  # csrc/core/kernels.h's SavedRow, MomentRow, SumRow
+# csrc/core/kernels.h's SavedRow, MomentRow, SumRow; a renormalised batch has r and d saved too.
+SAVED_ROWS, RENORM_ROWS, MOMENT_ROWS, SUM_ROWS = 6, 8, 4, 3
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -57,13 +58,9 @@ def _check(
     if training and not part and guard_or_false(input.numel() == input.shape[1]):
         size = tuple(input.shape)
         raise ValueError(f"Expected more than 1 value per channel when training, got input size torch.Size({[*size]})")
-    if eps is not None and training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps is not None and eps < 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if input.dtype not in KERNEL_DTYPES:  # native's own error, in its words
-        kind = torch.empty(0, dtype=input.dtype).type().rpartition(".")[2].removesuffix("Tensor")
-        raise NotImplementedError(f"\"batch_norm\" not implemented for '{kind}'")
+    if eps is not None:
+        check_eps(eps, training)
+    check_dtype(input)
     _check_devices(input, *vectors.values())
     if guard_or_false(input.numel() == 0):
         return
@@ -73,6 +70,19 @@ def _check(
         vector = vectors.get(name)
         if vector is not None and vector.numel() != input.shape[1]:
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {vector.numel()}")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
+def check_dtype(input: Tensor) -> None:
+    if input.dtype not in KERNEL_DTYPES:  # native's own error, in its words
+        kind = torch.empty(0, dtype=input.dtype).type().rpartition(".")[2].removesuffix("Tensor")
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{kind}'")
 
 
 def _check_count(input: Tensor, count: Tensor | None) -> None:
@@ -90,6 +100,53 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
     if residual.shape != input.shape:
         size, other = list(input.shape), list(residual.shape)
         raise RuntimeError(f"residual should have the size of input, {size}, but has {other}")
+
+
+def check_valid(input: Tensor, valid: Tensor | None) -> None:
+    """Raise what csrc/torch/checks.cpp's check_valid would."""
+    if valid is None:
+        return
+    _check_devices(input, valid)
+    size = list(input.shape)
+    if valid.dtype == torch.bool:
+        if valid.shape != (input.shape[:1] if input.dim() == 2 else (input.shape[0], input.shape[2])):
+            given = list(valid.shape)
+            raise ValueError(f"mask should have the size of input, {size}, without its channels, but has {given}")
+    elif valid.is_floating_point() or valid.is_complex():
+        raise TypeError(f"lengths should be integers and a mask booleans, but are {valid.dtype}")
+    elif input.dim() != 3:
+        raise ValueError(f"lengths are for input of size (N, C, L), but that has {size}")
+    elif valid.shape != input.shape[:1]:
+        raise ValueError(f"lengths should be of size [{size[0]}], but are of {list(valid.shape)}")
+
+
+def check_renorm_numbers(renorm: Sequence[float]) -> None:
+    """Raise what csrc/torch/checks.cpp's renorm_of would."""
+    if len(renorm) != 4:
+        raise ValueError(f"renorm should be (max_r, max_d, warmup_steps, smooth), but has {len(renorm)} numbers")
+    max_r, max_d, steps, smooth = renorm
+    if not max_r >= 1:
+        raise ValueError(f"max_r should be at least 1, but is {max_r}")
+    if not max_d >= 0:
+        raise ValueError(f"max_d should be at least 0, but is {max_d}")
+    if not (0 <= steps <= 2**53 and steps == int(steps)):
+        raise ValueError(f"warmup_steps should be a whole number from 0 to 2^53, but is {steps}")
+    if smooth not in (0, 1):
+        raise ValueError(f"smooth should be 0 or 1, but is {smooth}")
+
+
+def _check_renorm(renorm: Sequence[float], training: bool, part: bool, *state: Tensor | None) -> None:
+    """Raise what csrc/torch/calls.cpp would."""
+    check_renorm_numbers(renorm)
+    if not training:
+        raise RuntimeError("with mean and var given nothing is renormalised")
+    if part:
+        raise ValueError("a renormalised batch is a whole one, not a part with moments")
+    mean, var, count = state
+    if mean is None or var is None:
+        raise ValueError("batch renormalisation goes by running_mean and running_var: it needs both")
+    if renorm[2] and count is None:
+        raise ValueError("warmup_steps are counted by num_batches_tracked, which is None")
 
 
 def _check_stage(input: Tensor, given: Tensor | None, rows: int, name: str) -> None:
@@ -110,13 +167,15 @@ def most_virtual_batches(samples: int, size: int) -> int:
     return torch.sym_max(1, (samples + size - 1) // size)  # type: ignore[no-any-return]
 
 
-def mask_size(input: Tensor, residual: Tensor | None, activation: str) -> int:
+def mask_size(input: Tensor, residual: Tensor | None, activation: str, virtual_batch_size: int = 0) -> int:
     """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
-    of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond."""
+    of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond; of virtual batches
+    32 each, to read beyond and to begin aligned."""
     if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
         return 0
     elements = 16 // input.element_size() if input.device.type == "cuda" else 8
-    return (input.numel() + elements - 1) // elements + 16
+    batches = most_virtual_batches(input.shape[0], virtual_batch_size)
+    return (input.numel() + elements - 1) // elements + (32 * batches if virtual_batch_size else 16)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward")
@@ -136,6 +195,8 @@ def _(
     negative_slope: float = 0.01,
     moments: Tensor | None = None,
     virtual_batch_size: int = 0,
+    valid: Tensor | None = None,
+    renorm: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     training = mean is None and var is None
     if training:
@@ -144,10 +205,17 @@ def _(
     _check(input, training, eps, part, running_mean=mean, running_var=var, weight=weight, bias=bias)
     _check_stage(input, moments, MOMENT_ROWS, "moments")
     _check_residual(input, residual)
+    check_valid(input, valid)
     _check_count(input, num_batches_tracked)
-    rows = SAVED_ROWS * most_virtual_batches(input.shape[0], virtual_batch_size)
+    if renorm is not None:
+        _check_renorm(renorm, training, part, running_mean, running_var, num_batches_tracked)
+    single = virtual_batch_size == 1 and guard_or_false(input.numel() == input.shape[0] * input.shape[1])
+    if single and guard_or_false(input.shape[0] > 2) and TracingContext.try_get() is None:
+        size = [1, *input.shape[1:]]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size torch.Size({size})")
+    rows = (SAVED_ROWS if renorm is None else RENORM_ROWS) * most_virtual_batches(input.shape[0], virtual_batch_size)
     saved = input.new_empty((rows, input.shape[1]), dtype=statistics_dtype(input))
-    bits = 0 if virtual_batch_size else mask_size(input, residual, activation)
+    bits = mask_size(input, residual, activation, virtual_batch_size)
     mask = input.new_empty((bits,), dtype=torch.uint8)
     return torch.empty_like(input), saved, mask
 
@@ -169,9 +237,11 @@ def _fake_inference(
     residual: Tensor | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    valid: Tensor | None = None,
 ) -> Tensor:
     _check(input, False, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(input, residual)
+    check_valid(input, valid)
     return torch.empty_like(input)
 
 
@@ -207,9 +277,12 @@ def _(
     negative_slope: float = 0.01,
     sums: Tensor | None = None,
     virtual_batch_size: int = 0,
+    valid: Tensor | None = None,
+    renorm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, grad_output, weight, saved, residual, mask)
     _check_stage(input, sums, SUM_ROWS, "sums")
+    check_valid(input, valid)
     of_input, of_weight, of_bias, of_residual = output_mask
     return (
         _like_input(input, of_input),

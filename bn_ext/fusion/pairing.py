@@ -20,7 +20,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import by_operator, choose, fits, modes_listen
-from ..modules import FusedBatchNorm1d, state_of
+from ..modules import FusedBatchNorm1d, options_of, state_of
 
 Activation = tuple[str, float]  # the operators' activation and negative_slope
 
@@ -122,7 +122,7 @@ def _leaky(slope: Any, inplace: Any) -> Activation | None:
 
 def undisturbed(input: Any) -> bool:
     """Return whether the operators compute batch norm of input here, and nothing watches torch's functions."""
-    if not isinstance(input, Tensor) or choose(input) is not by_operator or not 2 <= input.dim() <= 3:
+    if not isinstance(input, Tensor) or choose(input, True) is not by_operator or not 2 <= input.dim() <= 3:
         return False
     if not _has_any_global_hook() and not (is_compiling() and modes_listen()):
         return True
@@ -140,14 +140,20 @@ def addable(input: Tensor, residual: Any) -> bool:
     return (kind is Tensor or kind is type(input) or kind is nn.Parameter) and fits(input, residual)
 
 
-def compute(norm: FusedBatchNorm1d, input: Tensor, residual: Tensor | None, activation: Activation) -> Tensor | None:
+def compute(
+    norm: FusedBatchNorm1d,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: Activation,
+    valid: Tensor | None = None,
+) -> Tensor | None:
     """Return act(norm(input) + residual) in one pass, or None where there is no kernel and nothing has changed.
 
     norm is_norm, input is undisturbed, residual addable.
     """
     if residual is not None and torch.is_grad_enabled() and not is_compiling() and residual.is_inference():
         return None  # autograd cannot keep it
-    return by_operator(input, *state_of(norm), residual, *activation, virtual_batch_size=norm.virtual_batch_size)
+    return by_operator(input, *state_of(norm), residual, *activation, valid=valid, **options_of(norm))
 
 
 def _records(*tensors: Tensor | None) -> bool:

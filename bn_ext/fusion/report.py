@@ -182,7 +182,7 @@ class Analysis:
         follows."""
         fused = is_fused(module) and not reason
         stale = "" if place.chain.reason or not fused or place.number in done else NOT_CONVERTED
-        if fused and not done.get(place.number, True):
+        if fused and not place.chain.reason and not done.get(place.number, True):
             place.activations = []  # what follows was none when it was converted
         file = os.path.basename(place.method.function.__code__.co_filename)
         for norm in place.norms:

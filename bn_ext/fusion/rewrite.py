@@ -66,6 +66,11 @@ def calls_of(tree: ast.AST) -> list[ast.Call]:
     return [c for c in calls if len(c.args) == 1 and not c.keywords and not isinstance(c.args[0], ast.Starred)]
 
 
+def _calls_by_keyword(tree: ast.AST) -> list[ast.Call]:
+    """Return the calls that give their arguments by keyword, or one by place and others so."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.keywords and len(node.args) < 2]
+
+
 def _generates(tree: ast.FunctionDef) -> bool:
     """Return whether the method is a generator (or holds one: those are rare, and left alone with it)."""
     return any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(tree))
@@ -156,8 +161,6 @@ def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list
     body = _body(method, kind)
     called = {c: norms_of(names.values(c.func, body.loops_around(c))) for c in calls}
     called = {call: norms for call, norms in called.items() if norms}
-    if not called:
-        return []
     places = []
     for call, norms in called.items():
         chain = body.follow(call, set(called))
@@ -170,7 +173,12 @@ def _places_in(module: nn.Module, kind: type[nn.Module], method: Method) -> list
         unique = list({id(norm): norm for norm in norms}.values())
         places.append(Place(method, chain, unique, activations))
     _resolve_claims([place.chain for place in places])
-    return places
+    for call in _calls_by_keyword(method.tree):
+        norms = norms_of(names.values(call.func, body.loops_around(call)))
+        if norms:
+            chain = Chain(call, reason="its call gives arguments by keyword: only norm(x) fuses")
+            places.append(Place(method, chain, norms, []))
+    return sorted(places, key=lambda place: (place.line, place.chain.call.col_offset))
 
 
 def _body(method: Method, kind: type[nn.Module], tree: ast.FunctionDef | None = None) -> Body:

@@ -18,6 +18,7 @@ struct Epilogue {
   double negative_slope = 0;
   TensorRef residual;
   uint8_t* mask = nullptr;
+  int64_t mask_step = 0;  // bytes from the mask of one virtual batch to that of the next
 
   BN_HD bool activates() const { return activation != Activation::kIdentity; }
   // Whether anything follows the normalisation.
@@ -29,7 +30,12 @@ constexpr int kCpuMaskElements = 8;
 BN_HD constexpr int cuda_mask_elements(int element_bytes) { return 16 / element_bytes; }
 
 // Bytes of a mask; the CPU reads bits eight bytes at a time, up to two vectors behind the last.
-inline int64_t mask_bytes(int64_t numel, int elements) { return (numel + elements - 1) / elements + 16; }
+inline int64_t mask_bytes(int64_t numel, int64_t elements) { return (numel + elements - 1) / elements + 16; }
+// The same of a virtual batch, aligned as a tensor is; and of up to `batches` of them, with `numel` elements together.
+inline int64_t mask_step(int64_t numel, int64_t elements) { return (mask_bytes(numel, elements) + 15) / 16 * 16; }
+inline int64_t mask_bytes_cut(int64_t numel, int64_t batches, int64_t elements) {
+  return (numel + elements - 1) / elements + 32 * batches;
+}
 
 // What tells backward the activation's derivative: its argument, from x and, as one more input, the residual; or
 // forward's mask.

@@ -30,7 +30,8 @@ template <typename A, typename W>
 BN_HD void split(W value_hi, W value_lo, A* hi, A* lo) {
   *hi = static_cast<A>(value_hi);
   const W rest = value_hi - static_cast<W>(*hi);
-  *lo = is_finite(rest) ? static_cast<A>(rest + value_lo) : A(0);
+  const A low = static_cast<A>(rest + value_lo);  // before the choice, which is then no branch
+  *lo = is_finite(rest) ? low : A(0);
 }
 
 // W is the wide type (double on the CPU), A the type that the element-wise pass computes in. A mean within one standard
@@ -44,7 +45,8 @@ BN_HD Normalise<A> normalise_coefficients(A mean_hi, A mean_lo, W variance, W in
   r.mean_hi = fold ? A(0) : mean_hi;
   r.scale = static_cast<A>(scale);
   // With scale as it is rounded, so that both terms of x * scale + shift carry the same one.
-  r.shift = static_cast<A>(bias - (fold ? mean : static_cast<W>(mean_lo)) * static_cast<W>(r.scale));
+  const W low = static_cast<W>(mean_lo);
+  r.shift = static_cast<A>(bias - (fold ? mean : low) * static_cast<W>(r.scale));
   return r;
 }
 
@@ -79,19 +81,20 @@ BN_HD A masked(A value, Bits mask) {
 }
 template <typename A>
 BN_HD A coarse_shift(A mean_hi, A invstd) {
-  const A ratio = mean_hi * invstd;
-  A power;  // of two, of invstd
+  A truncated, power;  // power: of two, of invstd
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (ratio > A(1) || ratio < A(-1)) return masked(mean_hi, ~63u);
+    truncated = masked(mean_hi, ~63u);
     power = masked(invstd, 0x7f800000u);
   } else {
-    if (ratio > A(1) || ratio < A(-1)) return masked(mean_hi, ~63ull);
+    truncated = masked(mean_hi, ~63ull);
     power = masked(invstd, 0x7ff0000000000000ull);
   }
-  if (!(power > A(0))) return A(0);
   // A number whose last bit is the wanted one takes the finer ones away.
   const A large = (sizeof(A) == sizeof(float) ? A(12) : A(192)) / power;
-  return (mean_hi + large) - large;
+  const A rounded = (mean_hi + large) - large, ratio = mean_hi * invstd;
+  // All of it before the choices, which are then no branches.
+  const A small = power > A(0) ? rounded : A(0);
+  return ratio > A(1) || ratio < A(-1) ? truncated : small;
 }
 
 // running = (1 - momentum) * running + momentum * batch, as nn.BatchNorm1d defines momentum.

@@ -6,7 +6,9 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "renorm.h"
 #include "tensors.h"
+#include "valid.h"
 #include "virtual_batch.h"
 #include "welford.h"
 
@@ -14,8 +16,19 @@ namespace bn_ext {
 
 // Rows of `saved`, what forward leaves for backward: (kSavedRows, C) in accumulate_type(dtype). mean_hi + mean_lo is
 // the mean; the last three rows are formulas.h's Normalise (mean_hi, scale, shift), by which backward computes an
-// activation's argument anew. Those of virtual batches lie one after the other.
-enum SavedRow : int { kSavedMeanHi, kSavedMeanLo, kSavedInvstd, kSavedNormalise, kSavedRows = kSavedNormalise + 3 };
+// activation's argument anew. A renormalised batch has two rows more, renorm.h's r and d, which Normalise contains.
+// Those of virtual batches lie one after the other.
+enum SavedRow : int {
+  kSavedMeanHi,
+  kSavedMeanLo,
+  kSavedInvstd,
+  kSavedNormalise,
+  kSavedRows = kSavedNormalise + 3,
+  kSavedR = kSavedRows,
+  kSavedD,
+  kSavedRenormRows
+};
+BN_HD int saved_rows(bool renormalised) { return renormalised ? kSavedRenormRows : kSavedRows; }
 
 // A pass in two stages, for a batch of which this tensor is a part: the first ends with its reduction, the second
 // begins behind it, with the results of all parts, merged in their order. Results of a part: (kMomentRows, C) doubles
@@ -74,6 +87,9 @@ struct ForwardArgs {
   Epilogue epilogue;
   Stage stage;             // in training
   VirtualBatches batches;  // in training
+  Valid valid;             // of a padded batch; what does not count is written as zero
+  Renorm renorm;           // in training
+  BN_HD bool renormalised() const { return bool(renorm); }
 };
 
 struct BackwardArgs {
@@ -87,6 +103,9 @@ struct BackwardArgs {
   TensorRef grad_residual;  // laid as dx; with an activation only
   Stage stage;              // what is given, in training alone
   VirtualBatches batches;   // in training
+  Valid valid;              // as forward had it
+  bool by_renorm = false;   // forward had a Renorm
+  BN_HD bool renormalised() const { return by_renorm; }
   // Whether sums over the channels are needed, for a result, for the parameters or for training's dx.
   BN_HD bool sums() const { return stage.result || grad_weight || grad_bias || (training && dx); }
 };
@@ -100,26 +119,30 @@ struct DoubleBackwardArgs : BackwardArgs {
 };
 
 // A tensor from sample n on; `saved` from virtual batch i on.
-inline TensorRef from_sample(TensorRef t, int64_t n, DType dtype) {
+BN_HD TensorRef from_sample(TensorRef t, int64_t n, DType dtype) {
   if (t) t.data = static_cast<char*>(t.data) + n * t.stride_n * element_bytes(dtype);
   return t;
 }
-inline void* saved_from(const void* saved, int64_t i, const Shape& shape, DType dtype) {
-  const int64_t bytes = i * kSavedRows * shape.c * element_bytes(accumulate_type(dtype));
+template <class Args>
+BN_HD void* saved_from(const Args& a, int64_t i) {
+  const int64_t bytes = i * saved_rows(a.renormalised()) * a.shape.c * element_bytes(accumulate_type(a.dtype));
+  const void* saved = a.saved;
   return saved ? const_cast<char*>(static_cast<const char*>(saved)) + bytes : nullptr;
 }
 
 // A pass over virtual batch i alone, which reads and moves the running statistics of the whole.
 template <class Args>
-inline Args virtual_batch(const Args& a, int64_t i) {
+BN_HD Args virtual_batch(const Args& a, int64_t i) {
   Args one = a;
   const int64_t n = a.batches.begin(i);
   one.batches = VirtualBatches();
   one.shape.n = a.batches.samples(i, a.shape.n);
+  one.valid = from_sample(a.valid, n, a.shape);
   one.x = from_sample(a.x, n, a.dtype);
+  if (a.epilogue.mask) one.epilogue.mask += i * a.epilogue.mask_step;
   one.epilogue.residual = from_sample(a.epilogue.residual, n, a.dtype);
-  one.saved = saved_from(a.saved, i, a.shape, a.dtype);
-  if constexpr (std::is_same<Args, ForwardArgs>::value) {
+  one.saved = saved_from(a, i);
+  if constexpr (std::is_base_of<ForwardArgs, Args>::value) {
     one.y = from_sample(a.y, n, a.dtype);
   } else {
     one.dy = from_sample(a.dy, n, a.dtype);

@@ -8,11 +8,15 @@
 //
 // The kind follows the lead operand (the output, which is dense); the others may have any strides and are gathered row
 // by row into a small buffer where they do not match.
+//
+// Of a padded batch (valid.h) the rows and the runs are those that count, each where a list says: rows are not joined,
+// and no columns are taken by span.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels.h"
+#include "valid.h"
 
 namespace bn_ext {
 
@@ -20,9 +24,10 @@ struct Strides {
   int64_t outer = 0, channel = 0, inner = 0;
 };
 
-constexpr int kMaxOperands = 4;
+constexpr int kMaxOperands = 5;
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
+constexpr int64_t kShortPadded = 40;    // of a padded batch, whose runs are skipped where they are longer
 constexpr int64_t kChunkElements = 131072;
 // A medium-sized tensor's chunks are for several cores to share; sums of them are cheaper to add than moments to merge.
 constexpr int64_t kMinChunkElements = 32768, kMomentChunks = 2, kGradientChunks = 4;
@@ -37,6 +42,8 @@ struct Geometry {
   int64_t rows = 0, cols = 0, tail_cols = 0;   // columns; tail_cols: the joined rows left over
   int64_t rows_of_chunk = kMaxChunkRows;
   Strides strides[kMaxOperands];
+  const Ragged* ragged = nullptr;  // of a padded batch
+  bool even = false;               // the inner dimension's step leads to the next outer index too, in all operands
 
   // Size of the counter that runs fastest along a row of columns.
   int64_t fast() const { return by_span ? inner : channels; }
@@ -46,9 +53,19 @@ struct Geometry {
   // Offset of column 0 of row r.
   int64_t row_offset(int k, int64_t r) const {
     if (by_span) return r * strides[k].outer;
-    if (outer == 1) return r * fold * strides[k].inner;
-    return (r / inner) * strides[k].outer + (r % inner) * strides[k].inner;
+    const int64_t row = ragged ? ragged->row(r) : r;
+    if (even) return row * fold * strides[k].inner;
+    return (row / inner) * strides[k].outer + (row % inner) * strides[k].inner;
   }
+  // Planes: run o from i on, `length` of it or what there is.
+  Ragged::Run run(int64_t o, int64_t i, int64_t length) const {
+    return ragged ? ragged->run(o) : Ragged::Run{o, i, length, 0, 0};
+  }
+  int64_t runs() const { return ragged ? ragged->runs() : outer; }
+  // Rows that hold padding, whose outputs are written whole.
+  bool masked() const { return ragged && by_span; }
+  // Values of a channel.
+  int64_t count() const { return ragged ? ragged->count() : outer * inner; }
   // Rows of this operand lie in memory just as the columns run.
   bool direct(int k) const {
     if (!columns) return strides[k].inner == 1 || inner == 1;
@@ -75,30 +92,41 @@ struct Geometry {
   }
   int64_t row_chunks() const { return (rows + chunk_rows() - 1) / chunk_rows(); }
   int64_t run_length() const { return inner < kRunElements ? inner : kRunElements; }
-  int64_t run_pieces() const { return (inner + run_length() - 1) / run_length(); }
+  int64_t run_pieces() const { return ragged ? 1 : (inner + run_length() - 1) / run_length(); }
   int64_t chunk_outer() const { return kRunElements / run_length(); }
   int64_t outer_chunks() const { return (outer + chunk_outer() - 1) / chunk_outer(); }
-  int64_t chunks() const { return columns ? row_chunks() + (tail_cols > 0) : outer_chunks() * run_pieces(); }
+  int64_t chunks() const {
+    if (columns) return row_chunks() + (tail_cols > 0);
+    return ragged ? ragged->chunks() : outer_chunks() * run_pieces();
+  }
 };
 
 inline Strides strides_of(const TensorRef& t) { return Strides{t.stride_n, t.stride_c, t.stride_l}; }
 
 // When rows are joined: until a row has `columns` of them and is a multiple of `multiple`, within `limit`; further, up
-// to the limit, while more than `rows` are left.
+// to `wide` columns, while more than `few` rows are left, and up to the limit while more than `rows` are.
 struct Fold {
-  int64_t columns = 64, multiple = 16, limit = kBlockColumns, rows = 512;
+  int64_t columns = 64, multiple = 16, limit = kBlockColumns, wide = 256, few = 24, rows = 512;
 };
+// Of a pass that merges the moments of a channel's joined columns, which costs more than to add sums of them.
+inline Fold fold_of_moments() {
+  Fold fold;
+  fold.few = 96;
+  return fold;
+}
 
-// operands[0] is the lead. Sizes are at least 1.
-inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int count, const Fold& fold = {}) {
+// operands[0] is the lead. Sizes are at least 1. ragged: what it is walked by, where it knows of padding; it has to
+// live as long as the geometry.
+inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int count, Ragged* ragged = nullptr,
+                              const Fold& fold = {}) {
   Geometry g;
+  if (ragged && *ragged) g.ragged = ragged;
   g.outer = shape.n;
   g.channels = shape.c;
   g.inner = shape.l;
   for (int k = 0; k < count; ++k) g.strides[k] = strides_of(operands[k]);
   // The reduced dimension with the smaller step runs inside; a dimension of size 1 goes outside.
-  const bool swap = g.inner == 1 || (g.outer > 1 && g.strides[0].outer < g.strides[0].inner);
-  if (swap) {
+  const auto swap_dimensions = [&] {
     const int64_t outer = g.outer;
     g.outer = g.inner;
     g.inner = outer;
@@ -107,31 +135,42 @@ inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int
       g.strides[k].outer = g.strides[k].inner;
       g.strides[k].inner = stride;
     }
-  }
-  bool collapse = true;
-  for (int k = 0; k < count; ++k) collapse = collapse && g.strides[k].outer == g.inner * g.strides[k].inner;
-  if (collapse && g.outer > 1) {
+    if (g.ragged) ragged->swap();
+  };
+  if (g.inner == 1 || (g.outer > 1 && g.strides[0].outer < g.strides[0].inner)) swap_dimensions();
+  g.even = true;
+  for (int k = 0; k < count; ++k) g.even = g.even && g.strides[k].outer == g.inner * g.strides[k].inner;
+  g.even = g.even || g.outer == 1;
+  if (g.even && !g.ragged) {
     g.inner *= g.outer;
     g.outer = 1;
   }
   const Strides& lead = g.strides[0];
   if (g.channels > 1 && lead.inner != 1 && lead.channel == 1) {
     g.columns = true;
-    g.rows = g.outer * g.inner;
-    if (g.outer == 1) {
+    if (g.ragged) {
+      ragged->set_rows();
+    }
+    g.rows = g.ragged ? g.ragged->runs() : g.outer * g.inner;
+    if (g.outer == 1 && !g.ragged) {
       const auto narrow = [&] {
         const int64_t cols = g.fold * g.channels;
-        return cols < fold.columns || cols % fold.multiple != 0 || g.rows / g.fold > fold.rows;
+        const int64_t enough = cols < fold.wide ? fold.few : fold.rows;
+        return cols < fold.columns || cols % fold.multiple != 0 || g.rows / g.fold > enough;
       };
       while (narrow() && g.fold * 2 * g.channels <= fold.limit) g.fold *= 2;
       g.tail_cols = g.rows % g.fold * g.channels;
       g.rows /= g.fold;
     }
     g.cols = g.fold * g.channels;
-  } else if (g.inner < kShortInner && g.outer > 1 && lead.inner == 1 && lead.channel == g.inner) {
+  } else if (g.inner < (g.ragged ? kShortPadded : kShortInner) && g.outer > 1 && lead.inner == 1 &&
+             lead.channel == g.inner) {
     g.columns = g.by_span = true;
     g.rows = g.outer;
     g.cols = g.channels * g.inner;
+    if (g.ragged) ragged->set_span(g.block_cols());
+  } else if (g.ragged) {
+    ragged->set_runs(kRunElements);
   }
   g.set_chunks(kMomentChunks);
   return g;

@@ -12,7 +12,7 @@ enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 BN_HD int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // float64 tensors keep float64 statistics; every other type keeps float32 ones.
-inline DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+BN_HD DType accumulate_type(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 // (N, C, L); an (N, C) tensor has l = 1.
 struct Shape {

@@ -10,8 +10,8 @@ namespace bn_ext {
 // have one value a channel it joins the piece before it.
 struct VirtualBatches {
   int64_t count = 1, size = 0;  // size: of every piece but the last
-  int64_t begin(int64_t i) const { return i * size; }
-  int64_t samples(int64_t i, int64_t n) const { return i + 1 < count ? size : n - begin(i); }
+  BN_HD int64_t begin(int64_t i) const { return i * size; }
+  BN_HD int64_t samples(int64_t i, int64_t n) const { return i + 1 < count ? size : n - begin(i); }
 };
 
 // At most this many pieces come of N samples; forward's `saved` has room for so many.

@@ -133,7 +133,7 @@ inline void activate_piece(const Piece<T>& p, const T* x, const T* residual, T* 
     for (int u = 0; u < kVectors; ++u) value[u] = act(value[u]);
     if (kStream && !tail) return stream_pack(y + v, value);
     store_pack(tail ? buffer : y + v, value);
-    if (tail) std::copy(buffer, buffer + (p.n - v), y + v);
+    if (tail) store_first(buffer, p.n - v, y + v);
   });
   if constexpr (Act::kBySign) {
     if (mask) {

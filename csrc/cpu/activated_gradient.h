@@ -96,7 +96,7 @@ inline void store_part(const Piece<T>& p, const Scalar<T>* g, bool scaled, T* ou
     }
     if (kStream && !tail) return stream_pack(out + v, value);
     store_pack(tail ? buffer : out + v, value);
-    if (tail) std::copy(buffer, buffer + (p.n - v), out + v);
+    if (tail) store_first(buffer, p.n - v, out + v);
   });
 }
 template <class T, bool kRun>
@@ -124,7 +124,7 @@ class ActivatedGradient {
     ActivatedGradient r = *this;
     r.grad_residual_ = grad_residual;
     r.scaled_ = scaled;
-    r.stream_ = stream;
+    r.stream_ = stream && !g_.masked();
     return r;
   }
 
@@ -145,10 +145,17 @@ class ActivatedGradient {
           from_.has_residual() ? from_.residual_.next_row(r, t_.v0, t_.n, memory + kBlockColumns) : nullptr;
       const Piece<T> p{t_.n, {c_[0], c_[1], c_[2]}, from_.g_.row_offset(0, r) + t_.v0};
       from_.template piece<false>(p, dy, x, residual, buffer, in_order_);
+      if (from_.g_.masked()) clear(r, p.at);
       return buffer;
     }
 
    private:
+    // Zeros where the outputs' row r does not count.
+    [[gnu::noinline]] void clear(int64_t r, int64_t at) const {
+      for (T* const out : {from_.grad_residual_, from_.scaled_}) {
+        if (out) Pattern(from_.g_, r).put(out + at, t_.n, out + at, false);
+      }
+    }
     const ActivatedGradient& from_;
     const ColumnTask& t_;
     bool in_order_;
@@ -284,7 +291,7 @@ __attribute__((always_inline)) inline void keep_gradient(const SignRow<T, Act, k
   if (!row.copy) return;
   T buffer[kPack<T>];
   store_pack(tail ? buffer : row.copy + v, g);
-  if (tail) std::copy(buffer, buffer + left, row.copy + v);
+  if (tail) store_first(buffer, left, row.copy + v);
 }
 
 // As a source of gradients; what needs them in double or in order asks the ActivatedGradient that it is made of.

@@ -14,6 +14,7 @@ namespace {
 #include "gradient.h"
 #include "gradient_float.h"
 #include "grad_input.h"
+#include "channels.h"
 #include "drivers.h"
 #include "double_backward.h"
 #include "drivers_activated.h"

@@ -6,11 +6,13 @@ template <class T>
 inline void write_gradient(const Geometry& g, const ActivatedGradient<T>& dy, const Reader<T>& x, const Parallel& par) {
   using Element = typename ActivatedGradient<T>::Element;
   if (!g.columns) {
-    return for_planes(g, 0, g.channels, false, Order::kForward, par, [&](int64_t o, int64_t c, int64_t i, int64_t n) {
-      alignas(64) Element buffer[kGather];
-      T buffer_x[kGather];
-      dy.run(o, c, i, n, x.run(o, c, i, n, buffer_x), buffer);
-    });
+    return for_planes(g, 0, g.channels, false, Order::kForward, par,
+                      [&](int64_t o, int64_t c, int64_t i, int64_t n, int64_t) {
+                        alignas(64) Element buffer[kGather];
+                        T buffer_x[kGather];
+                        dy.run(o, c, i, n, x.run(o, c, i, n, buffer_x), buffer);
+                        return int64_t(0);
+                      });
   }
   parallel_for(par, column_tasks(g), g.chunk_rows() * g.block_cols(), [&](int64_t begin, int64_t end) {
     alignas(64) Element buffer[kBlockColumns];
@@ -38,10 +40,13 @@ template <class T>
 inline void backward_activated(const BackwardArgs& a, const Parallel& par) {
   const TensorRef residual = a.epilogue.residual && !a.epilogue.mask ? a.epilogue.residual : a.dx;
   const TensorRef operands[] = {a.dx, a.dy, a.x, residual};
-  Geometry g = make_geometry(a.shape, operands, 4);
+  Ragged ragged(a.valid, a.shape);
+  Geometry g = make_geometry(a.shape, operands, 4, &ragged);
   g.set_chunks(kGradientChunks);
   const ActivatedGradient<T> gradient(g, a, 1, 3);
   T *dx = static_cast<T*>(a.dx.data), *grad_residual = static_cast<T*>(a.grad_residual.data);
+  clear_padding(g, dx, par, a.training);
+  clear_padding(g, grad_residual, par, false);
   const bool stream = streams_output(g, sizeof(T));
   if constexpr (sizeof(T) < sizeof(double)) {
     const Activation kind = a.epilogue.activation;

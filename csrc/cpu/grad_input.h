@@ -83,11 +83,12 @@ inline Pieces<T, kInputs, Row> operator+(const Pieces<T, kInputs, Row>& in, int6
 }
 
 // One step of a row or a run: `in` at its elements, `left` of which there are where it is a tail.
+// room: as in normalise_run.
 template <class Op, bool kStream, class Row, class Tail, class CoefficientAt>
-inline __attribute__((always_inline)) void apply_step(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t at,
-                                                      int64_t left, Tail tail,
-                                                      const Shared<typename Op::Element>& shared,
-                                                      const CoefficientAt& coefficient) {
+inline __attribute__((always_inline)) int64_t apply_step(const PiecesOf<Op, Row>& in, const Outputs<Op>& out,
+                                                         int64_t at, int64_t left, Tail tail,
+                                                         const Shared<typename Op::Element>& shared,
+                                                         const CoefficientAt& coefficient, int64_t room = 0) {
   using T = typename Op::Element;
   constexpr int kVectors = kPackVectors<T>, kInputs = Op::kInputs, kOutputs = Op::kOutputs;
   T buffer[kPack<T>];
@@ -107,6 +108,7 @@ inline __attribute__((always_inline)) void apply_step(const PiecesOf<Op, Row>& i
     }
     for (int o = 0; o < kOutputs; ++o) made[o][u] = result[o];
   }
+  int64_t zeros = 0;
   for (int o = 0; o < kOutputs; ++o) {
     if (!wanted<kOutputs>(out[o])) continue;
     if (kStream && !tail) {
@@ -114,14 +116,15 @@ inline __attribute__((always_inline)) void apply_step(const PiecesOf<Op, Row>& i
       continue;
     }
     store_pack(tail ? buffer : out[o] + at, made[o]);
-    if (tail) std::copy(buffer, buffer + left, out[o] + at);
+    if (tail) zeros = store_end<kStream>(buffer, left, room, out[o] + at);
   }
+  return zeros;
 }
 
 // Columns from c0 on of a row of coefficients.
 template <class Op, bool kStream, class Row>
-inline void apply_row(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t n,
-                      const Scalar<typename Op::Element>* const* c, int64_t c0) {
+__attribute__((always_inline)) inline void apply_row(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64_t n,
+                                                     const Scalar<typename Op::Element>* const* c, int64_t c0) {
   using T = typename Op::Element;
   for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     Shared<T> shared;
@@ -133,17 +136,34 @@ inline void apply_row(const PiecesOf<Op, Row>& in, const Outputs<Op>& out, int64
 }
 
 template <class Op, bool kStream, class Run>
-inline void apply_run(const PiecesOf<Op, Run>& in, const Outputs<Op>& out, int64_t n, const CoefficientsOf<Op>& c,
-                      int64_t channel) {
+inline int64_t apply_run(const PiecesOf<Op, Run>& in, const Outputs<Op>& out, int64_t n, const CoefficientsOf<Op>& c,
+                         int64_t channel, int64_t room) {
+  int64_t zeros = 0;
   using T = typename Op::Element;
   VecC<T> k[Op::kCoefficients];
   for (int i = 0; i < Op::kCoefficients; ++i) k[i] = broadcast<VecC<T>>(c.row(i)[channel]);
   Shared<T> shared;
   load_shared<T>(in.dy[0], 0, shared);
   for_run<kPack<T>>(n, [&](int64_t j, auto tail, int) __attribute__((always_inline)) {
-    apply_step<Op, kStream>(in, out, j, n - j, tail, shared,
-                            [&](int i, int) __attribute__((always_inline)) { return k[i]; });
+    const auto coefficient = [&](int i, int) __attribute__((always_inline)) { return k[i]; };
+    zeros = apply_step<Op, kStream>(in, out, j, n - j, tail, shared, coefficient, room);
   });
+  return zeros;
+}
+
+// The same of rows that hold padding; apart, for the sake of the registers of the one without.
+template <class Op, class Dy>
+[[gnu::noinline]] void apply_masked(const Geometry& g, const SourcesOf<Op, Dy>& in, const Outputs<Op>& outputs,
+                                    const ColumnTask& t, const Scalar<typename Op::Element>* const* c, bool stream) {
+  using T = typename Op::Element;
+  static_assert(Op::kOutputs == 1, "derivatives of a padded batch's gradients have no kernel");
+  Buffers<T, Op::kInputs, Dy, kBlockColumns> buffers;
+  const typename RowsOf<Dy>::type of_dy(in.dy, t);
+  T whole[kBlockColumns];
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    apply_row<Op, false>(pieces_of_rows<1>(in, of_dy, t, r, buffers), {whole}, t.n, c, 0);
+    Pattern(g, r).put(whole, t.n, lead_row(g, outputs[0], r, t.v0), stream);
+  }
 }
 
 template <class Op, class Dy>
@@ -177,6 +197,9 @@ inline void apply_columns(const Geometry& g, const SourcesOf<Op, Dy>& in, const 
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded.of, c);
+      if constexpr (Op::kOutputs == 1) {
+        if (g.masked()) return apply_masked<Op, Dy>(g, in, outputs, t, c, stream);
+      }
       apply_task<Op, Dy>(g, in, outputs, t, c, stream);
     });
     stream_fence();
@@ -191,13 +214,20 @@ inline void apply_planes(const Geometry& g, const SourcesOf<Op, Dy>& in, const O
   // What is computed lies in packs, and only whole ones can be read.
   constexpr bool kWhole = !std::is_same<typename Dy::Element, T>::value && kPackVectors<T> > 1;
   const bool stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, in.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+  const auto body = [&](int64_t o, int64_t c, int64_t i0, int64_t n, int64_t room) {
     Buffers<T, Op::kInputs, Dy, kGather> buffers;
     const auto from = pieces_of_run(in, o, c, i0, n, buffers, false);
     const auto run = outputs_at(outputs, [&](T* base) { return lead_run(g, base, o, c, i0); });
+    int64_t zeros = 0;
     for_outputs(stream, kWhole, run, n, [&](auto streamed, int64_t i, int64_t count, const auto& out) {
-      apply_run<Op, decltype(streamed)::value>(from + i, out, count, coefficients, c);
+      zeros = apply_run<Op, decltype(streamed)::value>(from + i, out, count, coefficients, c, room);
     });
+    return zeros;
+  };
+  for_planes(g, c0, c1, in.direct(), order, par, body, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+    for (T* const base : outputs) {
+      if (wanted<Op::kOutputs>(base)) zero_run(lead_run(g, base, o, c, i0), n, stream);
+    }
   });
 }
 

@@ -177,13 +177,15 @@ inline void gradient_columns_double(const Geometry& g, const Sources<T, kInputs,
 
 // body(n, pieces) over the pieces of a chunk of one channel.
 template <class T, int kInputs, class Dy, class Body>
-inline void for_gradient_runs(const Sources<T, kInputs, Dy>& in, const PlaneChunk& p, int64_t c, const Body& body) {
+inline void for_gradient_runs(const Geometry& g, const Sources<T, kInputs, Dy>& in, const PlaneChunk& p, int64_t c,
+                              const Body& body) {
   Buffers<T, kInputs, Dy, kGather> buffers;
   const int64_t step = in.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
-    for (int64_t i = 0; i < p.n; i += step) {
-      const int64_t n = std::min(step, p.n - i);
-      body(n, pieces_of_run(in, o, c, p.i0 + i, n, buffers, true));
+    const Ragged::Run run = g.run(o, p.i0, p.n);
+    for (int64_t i = 0; i < run.length; i += step) {
+      const int64_t n = std::min(step, run.length - i);
+      body(n, pieces_of_run(in, run.outer, c, run.begin + i, n, buffers, true));
     }
   }
 }
@@ -198,7 +200,7 @@ inline void gradient_planes_double(const Geometry& g, const Sources<T, kInputs, 
   constexpr int kCount = kSums<kInputs>;
   const VecD mean = broadcast<VecD>(means.row(0)[c]), rest = broadcast<VecD>(means.row(1)[c]);
   RunSums<kCount, kWays<kInputs>> acc;
-  for_gradient_runs(in, plane_chunk(g, chunk), c, [&](int64_t n, const auto& from) {
+  for_gradient_runs(g, in, plane_chunk(g, chunk), c, [&](int64_t n, const auto& from) {
     for_run<kLanesD>(n, [&](int64_t j, auto tail, int u) __attribute__((always_inline)) {
       VecD at[kInputs], term[kCount];
       at[0] = load_double_at(from.dy[0], j, n - j, tail);

@@ -129,7 +129,7 @@ inline void gradient_planes_float(const Geometry& g, const Sources<T, kInputs, D
   const auto add = [&](int64_t o, int64_t c, int64_t i, int64_t n, Sums* of_channel) {
     accumulate_gradient_run_float(pieces_of_run(in, o, c, i, n, buffers, false), n, shift[c], of_channel);
   };
-  for_chunk_runs(plane_chunk(g, chunk), c0, c1, step, of_channels, add);
+  for_chunk_runs(g, plane_chunk(g, chunk), c0, c1, step, of_channels, add);
   for (int64_t c = c0; c < c1; ++c) {
     double total[kCount];
     bool finite = true;

@@ -64,7 +64,7 @@ inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c
     }
     if (kStream && !tail) return stream_pack(y + v, value);
     store_pack(tail ? buffer : y + v, value);
-    if (tail) std::copy(buffer, buffer + (n - v), y + v);
+    if (tail) store_first(buffer, n - v, y + v);
   });
 }
 
@@ -75,8 +75,11 @@ inline bool all_zero(const E* p, int64_t n) {
   return zero;
 }
 
+// room: how many elements behind are to be zero; returns how many are.
 template <class T, bool kStream>
-inline void normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficients<T>& c, int64_t channel) {
+inline int64_t normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficients<T>& c, int64_t channel,
+                             int64_t room) {
+  int64_t zeros = 0;
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   const auto hi = broadcast<VecC<T>>(c.row(0)[channel]), scale = broadcast<VecC<T>>(c.row(1)[channel]),
              shift = broadcast<VecC<T>>(c.row(2)[channel]);
@@ -87,7 +90,18 @@ inline void normalise_run(const T* x, T* y, int64_t n, const NormaliseCoefficien
     for (int u = 0; u < kVectors; ++u) value[u] = normalise<T>(value[u], hi, scale, shift);
     if (kStream && !tail) return stream_pack(y + i, value);
     store_pack(tail ? buffer : y + i, value);
-    if (tail) std::copy(buffer, buffer + (n - i), y + i);
+    if (tail) zeros = store_end<kStream>(buffer, n - i, room, y + i);
+  });
+  return zeros;
+}
+
+template <class T>
+inline void zero_run(T* y, int64_t n, bool stream) {
+  const VecC<T> zero[kPackVectors<T>] = {};
+  for_streamed(stream, false, y, n, [&](auto streamed, int64_t at, int64_t count) {
+    const int64_t whole = streamed ? count / kPack<T> * kPack<T> : 0;
+    for (int64_t i = 0; i < whole; i += kPack<T>) stream_pack(y + at + i, zero);
+    std::memset(static_cast<void*>(y + at + whole), 0, (count - whole) * sizeof(T));
   });
 }
 
@@ -122,7 +136,7 @@ inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const Co
                            bool stream, const After& after) {
   T buffer[kBlockColumns];
   const bool centred = !all_zero(c[0], packed_size<T>(t.n));
-  for_row_groups<1>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto, int64_t r, const T* const* rows) {
+  for_row_groups<1>(Whole<T>{x}, t.r0, t.r1, t.v0, t.n, buffer, [&](auto, int64_t r, const T* const* rows) {
     T* out = lead_row(g, y, r, t.v0);
     if constexpr (!std::is_same<After, Unactivated>::value) return after.row(g, rows[0], out, t, r, stream, c);
     for_streamed(stream, kPackVectors<T> > 1, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
@@ -136,6 +150,22 @@ inline void normalise_task(const Geometry& g, const Reader<T>& x, T* y, const Co
   });
 }
 
+// The same of rows that hold padding; apart, for the sake of the registers of the one without.
+template <class T, class After>
+[[gnu::noinline]] void normalise_masked(const Geometry& g, const Reader<T>& x, T* y, const ColumnTask& t,
+                                        const Scalar<T>* const* c, bool stream, const After& after) {
+  T buffer[kBlockColumns], whole[kBlockColumns];
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    const T* const in = x.next_row(r, t.v0, t.n, buffer);
+    if constexpr (std::is_same<After, Unactivated>::value) {
+      normalise_row<T, true, false>(in, whole, t.n, c, 0);
+    } else {
+      after.row(g, in, whole, t, r, false, c);
+    }
+    Pattern(g, r).put(whole, t.n, lead_row(g, y, r, t.v0), stream);
+  }
+}
+
 template <class T, class After = Unactivated>
 inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
                               Order order, const Parallel& par, const After& after = After()) {
@@ -146,6 +176,7 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
     for_tasks(order, begin, end, [&](int64_t task) {
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded, c);
+      if (g.masked()) return normalise_masked(g, x, y, t, c, stream, after);
       normalise_task(g, x, y, t, c, stream, after);
     });
     stream_fence();
@@ -155,16 +186,34 @@ inline void normalise_columns(const Geometry& g, const Reader<T>& x, T* y, const
 // Calls body(o, c, i0, n) for the runs of one (outer, channel) plane after the other, in pieces that a gather buffer
 // holds where some operand is not contiguous. In reverse order blocks of kRunElements go backwards, and what is in them
 // forwards: runs of a few hundred bytes taken backwards run against the prefetchers.
-template <class Body>
+//
+// Of a padded batch, gaps(o, c, i0, n) for what does not count around a run; body is told how much of it follows, and
+// returns how much it has dealt with.
+struct NoGaps {
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+template <class Body, class Gaps = NoGaps>
 inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, Order order, const Parallel& par,
-                       const Body& body) {
+                       const Body& body, const Gaps& gaps = Gaps()) {
   const int64_t channels = c1 - c0, pieces = g.run_pieces(), step = direct ? g.run_length() : kGather;
+  const Ragged* const ragged = g.ragged;
   const auto runs = [&](int64_t begin, int64_t end) {
     // Counted on instead of divided for each run: a short one takes no longer than two divisions.
     int64_t piece = begin % pieces, c = begin / pieces % channels, o = begin / pieces / channels;
     for (int64_t left = end - begin; left > 0; --left) {
-      const int64_t i0 = piece * g.run_length(), i1 = std::min(i0 + g.run_length(), g.inner);
-      for (int64_t i = i0; i < i1; i += step) body(o, c0 + c, i, std::min(step, i1 - i));
+      if (ragged) {
+        const Ragged::Run& run = ragged->run(o);
+        const int64_t i1 = run.begin + run.length;
+        if (run.before) gaps(run.outer, c0 + c, run.begin - run.before, run.before);
+        int64_t done = 0;
+        for (int64_t i = run.begin; i < i1; i += step) {
+          done = body(run.outer, c0 + c, i, std::min(step, i1 - i), i + step < i1 ? 0 : run.behind);
+        }
+        if (run.behind > done) gaps(run.outer, c0 + c, i1 + done, run.behind - done);
+      } else {
+        const int64_t i0 = piece * g.run_length(), i1 = std::min(i0 + g.run_length(), g.inner);
+        for (int64_t i = i0; i < i1; i += step) body(o, c0 + c, i, std::min(step, i1 - i), int64_t(0));
+      }
       if (++piece < pieces) continue;
       piece = 0;
       if (++c < channels) continue;
@@ -172,7 +221,7 @@ inline void for_planes(const Geometry& g, int64_t c0, int64_t c1, bool direct, O
       ++o;
     }
   };
-  parallel_for(par, g.outer * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
+  parallel_for(par, g.runs() * channels * pieces, g.run_length(), [&](int64_t begin, int64_t end) {
     const int64_t block = order == Order::kForward ? end - begin : g.chunk_outer();
     for (int64_t last = end; last > begin; last -= block) runs(std::max(begin, last - block), last);
     stream_fence();
@@ -183,16 +232,46 @@ template <class T, class After = Unactivated>
 inline void normalise_planes(const Geometry& g, const Reader<T>& x, T* y, const NormaliseCoefficients<T>& coefficients,
                              int64_t c0, int64_t c1, Order order, const Parallel& par, const After& after = After()) {
   const bool stream = streams_output(g, sizeof(T));
-  for_planes(g, c0, c1, x.direct() && after.direct(), order, par, [&](int64_t o, int64_t c, int64_t i0, int64_t n) {
+  const auto body = [&](int64_t o, int64_t c, int64_t i0, int64_t n, int64_t room) -> int64_t {
     T buffer[kGather];
     const T* in = x.run(o, c, i0, n, buffer);
     T* out = lead_run(g, y, o, c, i0);
     if constexpr (!std::is_same<After, Unactivated>::value) {
-      return after.run(g, in, out, o, c, i0, n, stream, coefficients);
+      after.run(g, in, out, o, c, i0, n, stream, coefficients);
+      return 0;
     }
+    int64_t zeros = 0;
     for_streamed(stream, false, out, n, [&](auto streamed, int64_t i, int64_t count) {
-      normalise_run<T, decltype(streamed)::value>(in + i, out + i, count, coefficients, c);
+      zeros = normalise_run<T, decltype(streamed)::value>(in + i, out + i, count, coefficients, c, room);
     });
+    return zeros;
+  };
+  for_planes(g, c0, c1, x.direct() && after.direct(), order, par, body,
+             [&](int64_t o, int64_t c, int64_t i0, int64_t n) { zero_run(lead_run(g, y, o, c, i0), n, stream); });
+}
+
+// Zeros where a padded batch does not count, in a tensor that lies as the lead operand; none where there is no tensor,
+// or where whole rows are written (Geometry::masked) unless nothing counts. by_run: who writes the runs of planes
+// clears what is around them too.
+template <class T>
+inline void clear_padding(const Geometry& g, T* y, const Parallel& par, bool by_run) {
+  if (!g.ragged || !y || (g.masked() && g.count() > 0)) return;
+  const Strides& s = g.strides[0];
+  parallel_for(par, g.outer, g.channels * g.inner, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      if (g.masked()) {
+        std::memset(static_cast<void*>(y + o * s.outer), 0, g.cols * sizeof(T));
+        continue;
+      }
+      if (by_run && !g.columns && g.ragged->any(o)) continue;
+      g.ragged->for_runs(o, false, [&](int64_t i0, int64_t i1) {
+        T* const from = y + o * s.outer + i0 * s.inner;
+        const bool rows = g.columns;
+        const int64_t lines = rows ? i1 - i0 : g.channels, step = rows ? s.inner : s.channel;
+        const size_t bytes = (rows ? g.channels : i1 - i0) * sizeof(T);
+        for (int64_t i = 0; i < lines; ++i) std::memset(static_cast<void*>(from + i * step), 0, bytes);
+      });
+    }
   });
 }
 

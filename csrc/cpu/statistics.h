@@ -7,8 +7,6 @@ struct Partials {
   double* data;
   int64_t channels;
   double* row(int64_t chunk, int which) const { return data + (chunk * 3 + which) * channels; }
-  // Channel c, once its chunks are merged.
-  Moments<double> merged(double count, int64_t c) const { return {count, row(0, 0)[c], row(0, 1)[c], row(0, 2)[c]}; }
   void store(int64_t chunk, int64_t c, const Moments<double>& m) const {
     row(chunk, 0)[c] = m.mean_hi;
     row(chunk, 1)[c] = m.mean_lo;
@@ -43,10 +41,31 @@ inline ColumnTask column_task(const Geometry& g, int64_t task) {
 }
 inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + (g.tail_cols > 0); }
 
+struct PlaneChunk {
+  int64_t o0, o1, i0, n;  // n: at most, of each run
+};
+inline PlaneChunk plane_chunk(const Geometry& g, int64_t chunk) {
+  if (g.ragged) return {g.ragged->chunk_begin(chunk), g.ragged->chunk_begin(chunk + 1), 0, g.run_length()};
+  const int64_t pieces = g.run_pieces(), o = chunk / pieces * g.chunk_outer(), i = chunk % pieces * g.run_length();
+  return {o, std::min(o + g.chunk_outer(), g.outer), i, std::min(g.run_length(), g.inner - i)};
+}
+
+// Values a channel has in a chunk.
+inline double chunk_count(const Geometry& g, int64_t chunk) {
+  if (!g.columns) {
+    const PlaneChunk p = plane_chunk(g, chunk);
+    return static_cast<double>(g.ragged ? g.ragged->chunk_values(chunk) : (p.o1 - p.o0) * p.n);
+  }
+  if (chunk == g.row_chunks()) return static_cast<double>(g.tail_cols / g.channels);
+  const int64_t r0 = chunk * g.chunk_rows(), rows = std::min(g.chunk_rows(), g.rows - r0);
+  if (g.masked()) return static_cast<double>(g.ragged->span_values(r0, r0 + rows));
+  return static_cast<double>(rows * (g.by_span ? g.inner : g.fold));
+}
+
 // step(v, tail) for every vector of kLanes columns; the last, shorter one with tail = std::true_type. Two compiled
 // copies of the step: a test inside it would keep the loop's values out of registers.
 template <int kLanes, class Step>
-inline void for_vectors(int64_t n, const Step& step) {
+__attribute__((always_inline)) inline void for_vectors(int64_t n, const Step& step) {
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t v = 0; v < whole; v += kLanes) step(v, std::false_type());
   if (whole < n) step(whole, std::true_type());
@@ -73,6 +92,29 @@ inline void accumulate_rows(const T* const* rows, int64_t n, const double* shift
 // Columns that share a channel also share the shift of the first of them, so that their sums simply add.
 inline int64_t lead_column(const Geometry& g, int64_t v) { return g.by_span ? v - v % g.fast() : v % g.fast(); }
 
+// Of masked rows: the mean of each channel's first values, `few` of them at most, in x's type, for all its columns.
+// What does not count is filled with it, so that it adds nothing to sums around it.
+template <class T>
+inline void span_shifts(const Geometry& g, const Reader<T>& x, const ColumnTask& t, int few, T* buffer, T* fill) {
+  alignas(64) double base[kBlockColumns] = {}, sum[kBlockColumns] = {};
+  const int64_t length = g.fast(), channels = t.n / length;
+  int found = 0;
+  for (int64_t r = t.r0; r < t.r1 && found < few; ++r) {
+    if (g.ragged->span_values(r, r + 1) == 0) continue;
+    const T* const row = x.row(r, t.v0, t.n, buffer) + g.ragged->first(r);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double value = to_double(load_one<T>(row + c * length));
+      if (found == 0) base[c] = value;
+      sum[c] += value - base[c];
+    }
+    ++found;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    std::fill(fill + c * length, fill + (c + 1) * length,
+              from_double<T>(finite_or_zero(from_double<T>(base[c] + sum[c] / (found ? found : 1)))));
+  }
+}
+
 // Sums of n columns, `rows` values each -> moments of their channels, for the channels that `redo` marks (all if null).
 // With `unsafe` given, channels for which float arithmetic was not safe are marked there instead of being stored;
 // returns whether there was one. A channel is judged by its own values alone, so no channel can change another's
@@ -82,7 +124,7 @@ inline bool store_columns(const Geometry& g, const ColumnTask& t, const S* shift
                           const Partials& partials, const bool* redo, bool* unsafe) {
   const int64_t n = t.n, fast = g.fast(), groups = (n + fast - 1) / fast;
   const int64_t channels = g.by_span ? groups : std::min(n, fast), step = g.by_span ? fast : 1;
-  const double count = static_cast<double>((t.r1 - t.r0) * (g.by_span ? fast : groups));
+  const double count = chunk_count(g, t.chunk);
   if (g.by_span) {
     for (int64_t v = 0; v < n; v += fast) {
       for (int64_t j = 1; j < fast; ++j) s1[v] += s1[v + j], s2[v] += s2[v + j];
@@ -108,14 +150,20 @@ template <class T>
 inline void columns_chunk_double(const Geometry& g, const Reader<T>& x, const ColumnTask& t, const Partials& partials,
                                  const bool* redo = nullptr) {
   alignas(64) double shift[kBlockColumns], s1[kBlockColumns] = {}, s2[kBlockColumns] = {};
-  T buffer[kRowGroup * kBlockColumns];
-  const T* first = x.row(t.r0, t.v0, t.n, buffer);
-  for (int64_t v = 0; v < t.n; ++v) {
-    const int64_t lead = lead_column(g, v);
-    shift[v] = lead == v ? finite_or_zero(load_one<T>(first + v)) : shift[lead];
+  T buffer[kRowGroup * kBlockColumns], fill[kBlockColumns];
+  if (g.masked()) {
+    span_shifts(g, x, t, 1, buffer, fill);
+    for (int64_t v = 0; v < t.n; ++v) shift[v] = to_double(fill[v]);
+  } else {
+    const T* first = x.row(t.r0, t.v0, t.n, buffer);
+    for (int64_t v = 0; v < t.n; ++v) {
+      const int64_t lead = lead_column(g, v);
+      shift[v] = lead == v ? finite_or_zero(load_one<T>(first + v)) : shift[lead];
+    }
   }
   std::fill(shift + t.n, shift + padded_size(t.n), 0.0);
-  for_row_groups<kRowGroup>(x, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, int64_t, const T* const* rows) {
+  const Filled<T> filled{x, g.masked() ? fill : nullptr};
+  for_row_groups<kRowGroup>(filled, t.r0, t.r1, t.v0, t.n, buffer, [&](auto count, int64_t, const T* const* rows) {
     accumulate_rows<T, decltype(count)::value>(rows, t.n, shift, s1, s2);
   });
   store_columns(g, t, shift, s1, s2, partials, redo, nullptr);
@@ -158,15 +206,6 @@ inline void accumulate_run(const T* p, int64_t n, T fill, VecD k, RunSums<>* tot
   *total = sums;
 }
 
-struct PlaneChunk {
-  int64_t o0, o1, i0, n;
-  double count() const { return static_cast<double>((o1 - o0) * n); }
-};
-inline PlaneChunk plane_chunk(const Geometry& g, int64_t chunk) {
-  const int64_t pieces = g.run_pieces(), o = chunk / pieces * g.chunk_outer(), i = chunk % pieces * g.run_length();
-  return {o, std::min(o + g.chunk_outer(), g.outer), i, std::min(g.run_length(), g.inner - i)};
-}
-
 // Chunk of one channel in the planes layout, in double.
 template <class T>
 inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t chunk, int64_t c,
@@ -174,7 +213,8 @@ inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t c
   const PlaneChunk p = plane_chunk(g, chunk);
   T buffer[kGather];
   // The shift also fills the last vector's unused lanes, where it must give a difference of exactly zero.
-  const T first = load_one<T>(x.run(p.o0, c, p.i0, 1, buffer));
+  const Ragged::Run head = g.run(p.o0, p.i0, p.n);
+  const T first = load_one<T>(x.run(head.outer, c, head.begin, 1, buffer));
   const bool finite = is_finite(to_double(first));
   const T fill = finite ? first : T();
   const double shift = finite ? to_double(first) : 0.0;
@@ -182,18 +222,11 @@ inline void planes_chunk_double(const Geometry& g, const Reader<T>& x, int64_t c
   RunSums<> sums;
   const int64_t step = x.direct() ? p.n : kGather;
   for (int64_t o = p.o0; o < p.o1; ++o) {
-    for (int64_t i = 0; i < p.n; i += step) {
-      const int64_t n = std::min(step, p.n - i);
-      accumulate_run(x.run(o, c, p.i0 + i, n, buffer), n, fill, k, &sums);
+    const Ragged::Run run = g.run(o, p.i0, p.n);
+    for (int64_t i = 0; i < run.length; i += step) {
+      const int64_t n = std::min(step, run.length - i);
+      accumulate_run(x.run(run.outer, c, run.begin + i, n, buffer), n, fill, k, &sums);
     }
   }
-  partials.store(chunk, c, from_shifted_sums(p.count(), shift, sums.total(0), sums.total(1)));
-}
-
-// Values a channel has in a chunk.
-inline double chunk_count(const Geometry& g, int64_t chunk) {
-  if (!g.columns) return plane_chunk(g, chunk).count();
-  if (chunk == g.row_chunks()) return static_cast<double>(g.tail_cols / g.channels);
-  const int64_t rows = std::min(g.chunk_rows(), g.rows - chunk * g.chunk_rows());
-  return static_cast<double>(rows * (g.by_span ? g.inner : g.fold));
+  partials.store(chunk, c, from_shifted_sums(chunk_count(g, chunk), shift, sums.total(0), sums.total(1)));
 }

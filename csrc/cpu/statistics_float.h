@@ -80,22 +80,32 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
   const int64_t size = padded_size(t.n);
   for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
   for (double* s : {s1, s2}) std::fill(s, s + size, 0.0);
-  column_shifts(g, x, t, buffer, shift);
+  T fill[kBlockColumns];
+  if (g.masked()) {
+    span_shifts(g, x, t, kShiftRows, buffer, fill);
+    for (int64_t v = 0; v < t.n; ++v) shift[v] = static_cast<float>(to_double(fill[v]));
+    std::fill(shift + t.n, shift + size, 0.0f);
+  } else {
+    column_shifts(g, x, t, buffer, shift);
+  }
   const bool stream = streams(g, sizeof(T));
   const int64_t batch = stream ? kFlush : kFlush * kRowGroup;
-  for (int64_t r = t.r0; r < t.r1; r += batch) {
-    const int64_t end = std::min(r + batch, t.r1);
-    const auto body = [&](auto count, int64_t, const T* const* rows) {
-      accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2);
-    };
-    if (stream) {
-      for_row_groups<1>(x, r, end, t.v0, t.n, buffer, body);
-    } else {
-      for_row_groups<kRowGroup>(x, r, end, t.v0, t.n, buffer, body);
+  const auto sum = [&](const auto& from) __attribute__((always_inline)) {
+    for (int64_t r = t.r0; r < t.r1; r += batch) {
+      const int64_t end = std::min(r + batch, t.r1);
+      const auto body = [&](auto count, int64_t, const T* const* rows) {
+        accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2);
+      };
+      if (stream) {
+        for_row_groups<1>(from, r, end, t.v0, t.n, buffer, body);
+      } else {
+        for_row_groups<kRowGroup>(from, r, end, t.v0, t.n, buffer, body);
+      }
+      flush_columns(size, f1, s1);
+      flush_columns(size, f2, s2);
     }
-    flush_columns(size, f1, s1);
-    flush_columns(size, f2, s2);
-  }
+  };
+  g.masked() ? sum(Filled<T>{x, fill}) : sum(Whole<T>{x});
   bool unsafe[kBlockColumns];
   const bool any = store_columns(g, t, shift, s1, s2, partials, nullptr, unsafe);
   if (any) columns_chunk_double(g, x, t, partials, unsafe);
@@ -151,17 +161,23 @@ inline void for_plane_groups(const Geometry& g, int64_t c0, int64_t c1, const Pa
 // add(o, c, i, n, sums of c) for the runs of a chunk, in pieces of up to `step`, each one addition to the float sums,
 // which are flushed in time; all of them at the end.
 template <class Sums, class Add>
-inline void for_chunk_runs(const PlaneChunk& p, int64_t c0, int64_t c1, int64_t step, Sums* sums, const Add& add) {
-  const int64_t of_run = (p.n + step - 1) / step;
+inline void for_chunk_runs(const Geometry& g, const PlaneChunk& p, int64_t c0, int64_t c1, int64_t step, Sums* sums,
+                           const Add& add) {
   const auto flush = [&] {
     for (int64_t c = c0; c < c1; ++c) sums[c - c0].flush();
   };
+  const Ragged* const ragged = g.ragged;
   int64_t pending = 0;
   for (int64_t o = p.o0; o < p.o1; ++o) {
+    int64_t outer = o, begin = p.i0, length = p.n;
+    if (ragged) outer = ragged->run(o).outer, begin = ragged->run(o).begin, length = ragged->run(o).length;
+    const int64_t of_run = (length + step - 1) / step;
     if (pending > 0 && pending + of_run > kFlush) flush(), pending = 0;
     pending += of_run;
     for (int64_t c = c0; c < c1; ++c) {
-      for (int64_t i = 0; i < p.n; i += step) add(o, c, p.i0 + i, std::min(step, p.n - i), &sums[c - c0]);
+      for (int64_t i = 0; i < length; i += step) {
+        add(outer, c, begin + i, std::min(step, length - i), &sums[c - c0]);
+      }
     }
   }
   flush();
@@ -172,16 +188,9 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
   const VecF k = VecF{} + shift;
   VecF acc[2][4] = {};
   for_run<kLanesF>(n, [&](int64_t i, auto tail, int u) __attribute__((always_inline)) {
-    VecF value;
-    if (tail) {
-      float buffer[kLanesF] = {};
-      for (int64_t j = 0; j < kLanesF; ++j)
-        buffer[j] = i + j < n ? static_cast<float>(to_double(load_one<T>(p + i + j))) : shift;
-      value = load_raw<VecF>(buffer);
-    } else {
-      value = widen<kLanesF>(p + i);
-    }
-    const VecF d = value - k;
+    T buffer[kLanesF];
+    VecF d = widen<kLanesF>(tail ? padded<kLanesF>(p + i, n - i, T(), buffer) : p + i) - k;
+    if (tail) d = first_lanes(d, n - i);
     acc[0][u] += d;
     acc[1][u] += d * d;
   });
@@ -190,11 +199,12 @@ inline void accumulate_run_float(const T* p, int64_t n, float shift, FloatRunSum
 
 // Mean of a chunk's first values of a channel, as x0 + mean(x - x0); zero where it is not finite.
 template <class T>
-inline float plane_shift(const Reader<T>& x, const PlaneChunk& p, int64_t c) {
+inline float plane_shift(const Geometry& g, const Reader<T>& x, const PlaneChunk& p, int64_t c) {
   T buffer[kShiftRows];
-  const int64_t few = std::min(kShiftRows, p.n);
+  const Ragged::Run head = g.run(p.o0, p.i0, p.n);
+  const int64_t few = std::min(kShiftRows, head.length);
   if (few < 1) __builtin_unreachable();  // a chunk has values
-  const T* first = x.run(p.o0, c, p.i0, few, buffer);
+  const T* first = x.run(head.outer, c, head.begin, few, buffer);
   const float base = static_cast<float>(to_double(load_one<T>(first)));
   float sum = 0;
   for (int64_t i = 0; i < few; ++i) sum += static_cast<float>(to_double(load_one<T>(first + i))) - base;
@@ -209,16 +219,18 @@ inline void planes_chunk_float(const Geometry& g, const Reader<T>& x, int64_t ch
   T buffer[kGather];
   float shift[kPlaneGroup];
   FloatRunSums<2> sums[kPlaneGroup];
-  for (int64_t c = c0; c < c1; ++c) shift[c - c0] = plane_shift(x, p, c);
+  for (int64_t c = c0; c < c1; ++c) shift[c - c0] = plane_shift(g, x, p, c);
   constexpr int64_t kPiece = run_piece(kLanesF, 4);
   const int64_t step = x.direct() ? kPiece : std::min(kGather, kPiece);
-  for_chunk_runs(p, c0, c1, step, sums, [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums<2>* of_channel) {
+  const auto add = [&](int64_t o, int64_t c, int64_t i, int64_t n, FloatRunSums<2>* of_channel) {
     accumulate_run_float(x.run(o, c, i, n, buffer), n, shift[c - c0], of_channel);
-  });
+  };
+  for_chunk_runs(g, p, c0, c1, step, sums, add);
+  const double count = chunk_count(g, chunk);
   for (int64_t c = c0; c < c1; ++c) {
     const double s1 = sums[c - c0].total(0), s2 = sums[c - c0].total(1);
-    if (float_sums_are_safe(p.count(), s1, s2)) {
-      partials.store(chunk, c, from_shifted_sums<double>(p.count(), shift[c - c0], s1, s2));
+    if (float_sums_are_safe(count, s1, s2)) {
+      partials.store(chunk, c, from_shifted_sums<double>(count, shift[c - c0], s1, s2));
     } else {
       planes_chunk_double(g, x, chunk, c, partials);
     }

@@ -11,7 +11,6 @@ struct VecOf {
 };
 template <class E, int N>
 using Vec = typename VecOf<E, N>::type;
-using VecD = Vec<double, kLanesD>;
 
 template <class V, class P>
 inline V load_raw(const P* p) {
@@ -22,6 +21,30 @@ inline V load_raw(const P* p) {
 template <class V, class P>
 inline void store_raw(P* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+// As many signed bytes as V has integers, widened. By instructions: GCC 12 takes such a conversion apart.
+template <class V>
+inline V widen_bytes(const uint8_t* p) {
+  constexpr int kN = sizeof(V) / sizeof(V{}[0]);
+#if BN_LEVEL >= 2
+  if constexpr (kN == 16) return (V)_mm512_maskz_cvtepi8_epi32(0xffff, load_raw<__m128i>(p));
+  if constexpr (kN == 8) return (V)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)p));
+#elif BN_LEVEL >= 1
+  if constexpr (kN == 8) return (V)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+  return __builtin_convertvector(load_raw<Vec<int8_t, kN>>(p), V);
+}
+using VecD = Vec<double, kLanesD>;
+inline VecD square_root(VecD v) {
+#if BN_LEVEL >= 2
+  return (VecD)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif BN_LEVEL >= 1
+  return (VecD)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanesD; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
 }
 
 template <int N>
@@ -84,6 +107,13 @@ inline void narrow(float16* p, Vec<float, N> v) {
 constexpr int64_t kPrefetchBytes = 4096;
 inline void prefetch(const void* data, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at);
+}
+
+template <class To, class From>
+inline To bits_in(From value) {
+  To to;
+  __builtin_memcpy(&to, &value, sizeof to);
+  return to;
 }
 
 // The type that element-wise passes compute in, and its vector.
@@ -169,14 +199,33 @@ inline void store_pack(T* p, const VecC<T>* v) {
   }
 }
 
+// One bit for each of the first n lanes.
+inline uint32_t lanes_below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
+
+// The first n of the pack in `buffer`, to where a whole one would leave a row.
+template <class T>
+inline void store_first(const T* buffer, int64_t n, T* to) {
+#if BN_LEVEL >= 2
+  const uint32_t there = lanes_below(n);
+  if constexpr (sizeof(T) == 4 && kPack<T> == 16) {
+    return _mm512_mask_storeu_epi32(to, there, load_raw<__m512i>(buffer));
+  } else if constexpr (sizeof(T) == 8 && kPack<T> == 8) {
+    return _mm512_mask_storeu_epi64(to, there, load_raw<__m512i>(buffer));
+  } else if constexpr (sizeof(T) == 2 && kPack<T> == 32) {
+    return _mm512_mask_storeu_epi16(to, there, load_raw<__m512i>(buffer));
+  } else if constexpr (sizeof(T) == 2 && kPack<T> == 16) {
+    return _mm256_mask_storeu_epi16(to, there, load_raw<__m256i>(buffer));
+  }
+#endif
+  std::copy(buffer, buffer + n, to);
+}
+
 // The same without reading the line first and past the caches, for an output that they cannot hold anyway. p must be
 // aligned to the pack. An output no larger stays with ordinary stores: who reads it next may find its end in cache.
 constexpr int64_t kStreamedOutput = int64_t(8) << 20;
 template <class T>
-inline void stream_pack(T* p, const VecC<T>* v) {
+inline void stream_elements(T* p, const T (&out)[kPack<T>]) {
 #if defined(BN_EXT_X86)
-  T out[kPack<T>];
-  store_pack(out, v);
 #if BN_LEVEL >= 2
   if constexpr (sizeof out == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_raw<__m512i>(out));
 #endif
@@ -185,7 +234,25 @@ inline void stream_pack(T* p, const VecC<T>* v) {
 #endif
   if constexpr (sizeof out == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_raw<__m128i>(out));
 #endif
-  store_pack(p, v);
+  __builtin_memcpy(p, out, sizeof out);
+}
+template <class T>
+inline void stream_pack(T* p, const VecC<T>* v) {
+  T out[kPack<T>];
+  store_pack(out, v);
+  stream_elements(p, out);
+}
+// The end of a run, `left` elements of a pack in `buffer`, with zeros behind it where `room` says that those are to be
+// zero: a whole pack, as a line that is written in two parts is read first. Returns how many zeros.
+template <bool kStream, class T>
+inline int64_t store_end(T (&buffer)[kPack<T>], int64_t left, int64_t room, T* to) {
+  if (!kStream || room < kPack<T> - left) {
+    store_first(buffer, left, to);
+    return 0;
+  }
+  for (int64_t i = 0; i < kPack<T>; ++i) buffer[i] = i < left ? buffer[i] : T();
+  stream_elements(to, buffer);
+  return kPack<T> - left;
 }
 // Calls body(streamed, i, count) for n elements from `out` on, streamed ones from the first whose address allows it;
 // none are where `whole` forbids to begin within the n and the first does not allow it.
@@ -221,8 +288,35 @@ inline VecD load_double(const T* p) {
 // The first n of N elements, the rest filled: for the end of a row, where a whole vector would leave it.
 template <int N, class T>
 inline const T* padded(const T* p, int64_t n, T fill, T* buffer) {
+#if BN_LEVEL >= 2
+  const uint32_t there = lanes_below(n);
+  if constexpr (sizeof(T) == 4 && N == 16) {
+    _mm512_storeu_si512(buffer, _mm512_mask_loadu_epi32(_mm512_set1_epi32(bits_in<int32_t>(fill)), there, p));
+    return buffer;
+  } else if constexpr (sizeof(T) == 4 && N == 8) {
+    _mm256_storeu_si256((__m256i*)buffer, _mm256_mask_loadu_epi32(_mm256_set1_epi32(bits_in<int32_t>(fill)), there, p));
+    return buffer;
+  } else if constexpr (sizeof(T) == 8 && N == 8) {
+    _mm512_storeu_si512(buffer, _mm512_mask_loadu_epi64(_mm512_set1_epi64(bits_in<int64_t>(fill)), there, p));
+    return buffer;
+  } else if constexpr (sizeof(T) == 2 && N == 32) {
+    _mm512_storeu_si512(buffer, _mm512_mask_loadu_epi16(_mm512_set1_epi16(bits_in<int16_t>(fill)), there, p));
+    return buffer;
+  } else if constexpr (sizeof(T) == 2 && N == 16) {
+    _mm256_storeu_si256((__m256i*)buffer, _mm256_mask_loadu_epi16(_mm256_set1_epi16(bits_in<int16_t>(fill)), there, p));
+    return buffer;
+  }
+#endif
   for (int i = 0; i < N; ++i) buffer[i] = i < n ? load_one<T>(p + i) : fill;
   return buffer;
+}
+
+// v, and zero from its lane n on.
+template <class V>
+inline V first_lanes(V v, int64_t n) {
+  typename VecOf<std::conditional_t<sizeof(v[0]) == 4, int32_t, int64_t>, sizeof(V) / sizeof(v[0])>::type lane;
+  for (unsigned j = 0; j < sizeof(V) / sizeof(v[0]); ++j) lane[j] = static_cast<int32_t>(j);
+  return lane < static_cast<int32_t>(n) ? v : V{};
 }
 
 // The pack from p + at on; of a tail, which has `left` elements, nothing behind its end.

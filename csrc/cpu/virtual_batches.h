@@ -31,6 +31,10 @@ class OfBatches {
 
 template <class T>
 inline void forward_cut(const ForwardArgs& a, const Parallel& par) {
+  if (a.renorm) {  // each goes by the running statistics that the one before it left
+    for (int64_t i = 0; i < a.batches.count; ++i) forward_typed<T>(virtual_batch(a, i), par);
+    return;
+  }
   const int64_t channels = a.shape.c;
   // With a momentum of 1 a batch leaves its own statistics.
   const OfBatches statistics(a.batches.count, channels);
@@ -44,16 +48,13 @@ inline void forward_cut(const ForwardArgs& a, const Parallel& par) {
     forward_typed<T>(one, p);
   });
   for (int64_t i = 0; i < a.batches.count; ++i) {
-    if (a.num_batches_tracked) ++*a.num_batches_tracked;
-    double momentum = a.momentum;
-    if (a.cumulative) momentum = a.num_batches_tracked ? 1.0 / static_cast<double>(*a.num_batches_tracked) : 0.0;
-    const VectorRef* running[] = {&a.running_mean, &a.running_var};
-    for (int which = 0; which < 2; ++which) {
-      const VectorRef& to = *running[which];
-      for (int64_t c = 0; to && c < channels; ++c) {
-        store_element(to, c, running_update(load_element(to, c), statistics.row(i, which)[c], momentum));
-      }
-    }
+    const double momentum = count_batch(a).momentum;
+    const ForwardArgs one = virtual_batch(a, i);
+    const bool counts = valid_count(one.valid, one.shape) > 0;
+    for_blocks(0, counts ? channels : 0, [&](int64_t c, int64_t n) {
+      move_running(a.running_mean, c, n, statistics.row(i, 0) + c, momentum);
+      move_running(a.running_var, c, n, statistics.row(i, 1) + c, momentum);
+    });
   }
 }
 
@@ -70,10 +71,12 @@ inline void backward_cut(const BackwardArgs& a, const Parallel& par) {
   const VectorRef* of_parameters[] = {&a.grad_weight, &a.grad_bias};
   for (int which = 0; which < 2; ++which) {
     const VectorRef& to = *of_parameters[which];
-    for (int64_t c = 0; to && c < channels; ++c) {
-      double sum = 0;
-      for (int64_t i = 0; i < a.batches.count; ++i) sum += gradients.row(i, which)[c];
-      store_element(to, c, sum);
-    }
+    for_blocks(0, to ? channels : 0, [&](int64_t c, int64_t n) {
+      Block sum = Block();
+      for (int64_t i = 0; i < a.batches.count; ++i) {
+        for (int64_t j = 0; j < n; ++j) sum[j] += gradients.row(i, which)[c + j];
+      }
+      store_block(to, c, n, sum);
+    });
   }
 }

@@ -203,7 +203,8 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   using Args = BackwardArgs;
   using Beside = typename Of::Beside;
   static constexpr bool kOnePass = false, kSumsBeside = true;
-  static constexpr int kInputs = kSource == Source::kSum ? 3 : 2, kOutputs = 2, kUnroll = 2;
+  static constexpr int kInputs = kSource == Source::kSum ? 3 : 2, kOutputs = 2;
+  static constexpr int kUnroll = sizeof(A) == 8 ? 1 : 2;  // rows of two doubles spill on sm_120
   // Rows of coefficients; the shift comes last, as by mask there is none and any row will do.
   static constexpr int kCoefficients = kSource == Source::kMask ? 5 : 6;
   static constexpr int kMean = 0, kScale = 1, kDy = 2, kSlope = 3, kOffset = 4, kShift = kCoefficients - 1;
@@ -286,8 +287,9 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
     return r;
   }
 
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
-                                int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
+  template <class Any>
+  static __device__ void finish(const Plan& p, const Any& a, const Partial<double>* totals, bool valid, int64_t channel,
+                                int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
     const GradientSum sum = Sums::sums_of(p, a, *totals, channel);
     const auto saved = [&](int row) { return Sums::saved(a, row, channel); };

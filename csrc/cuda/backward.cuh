@@ -15,6 +15,24 @@ __device__ __forceinline__ Vec<T, V> scaled(const Vec<T, V>& dy, const A (&c)[1]
   return dx;
 }
 
+__device__ inline void put_gradients(const BackwardArgs& a, int64_t channel, double of_weight, double of_bias) {
+  write(a.grad_weight, channel, of_weight);
+  write(a.grad_bias, channel, of_bias);
+}
+__device__ inline void put_gradients(const PieceArgs<BackwardArgs>& a, int64_t channel, double of_weight,
+                                     double of_bias) {
+  if (a.leaves) return leave(a, channel, of_weight, of_bias);
+  const int64_t channels = a.shape.c;
+  double weights = 0, biases = 0;
+  const double* left = a.left + channel;
+#pragma unroll 4
+  for (int64_t i = 0; i < a.earlier; ++i, left += 2 * channels) {
+    weights += left[0];
+    biases += left[channels];
+  }
+  put_gradients(static_cast<const BackwardArgs&>(a), channel, weights + of_weight, biases + of_bias);
+}
+
 // What both kinds share: sums of dy and of dy * (x - shift) by column.
 template <typename T, int V>
 struct GradientSums {
@@ -102,10 +120,28 @@ struct GradientSums {
   }
 
   // The owner's part: gradients of the parameters, or a stage's result.
-  static __device__ void put_sums(const Args& a, int64_t channel, const GradientSum& sum, double invstd) {
+  template <class Any>
+  static __device__ void put_sums(const Any& a, int64_t channel, const GradientSum& sum, double invstd) {
     if (a.stage.result) return put_result(a.stage, channel, a.shape.c, sum);
-    write(a.grad_bias, channel, sum.dy);
-    write(a.grad_weight, channel, sum.dot * invstd);
+    put_gradients(a, channel, of_weight(a, channel, sum, invstd), sum.dy);
+  }
+  static __device__ void put_sums(const PaddedPiece<BackwardArgs>& a, int64_t channel, const GradientSum& sum,
+                                  double invstd) {
+    if (!a.last) return;
+    double weights = 0, biases = 0;
+    Args one = a;
+#pragma unroll 1
+    for (int64_t i = 0; i < a.earlier; ++i) {
+      one.saved = saved_from(a, i - a.earlier);
+      const GradientSum s = given_sums(a.stage_of(i), channel, a.shape.c);
+      weights += of_weight(one, channel, s, saved(one, kSavedInvstd, channel));
+      biases += s.dy;
+    }
+    put_gradients(static_cast<const Args&>(a), channel, weights + of_weight(a, channel, sum, invstd), biases + sum.dy);
+  }
+  static __device__ double of_weight(const Args& a, int64_t channel, const GradientSum& sum, double invstd) {
+    const double dot = sum.dot * invstd;
+    return a.by_renorm ? dot * saved(a, kSavedR, channel) + sum.dy * saved(a, kSavedD, channel) : dot;
   }
 };
 
@@ -128,15 +164,18 @@ struct Backward : GradientSums<T, V> {
     return dx;
   }
 
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
-                                int64_t channel, int j, int channels, int lane, bool owner, double, A* out) {
+  template <class Any>
+  static __device__ void finish(const Plan& p, const Any& a, const Partial<double>* totals, bool valid, int64_t channel,
+                                int j, int channels, int lane, bool owner, double, A* out) {
     if (!valid || lane != 0) return;
     const GradientSum sum = Sums::sums_of(p, a, *totals, channel);
     const double invstd = Sums::saved(a, kSavedInvstd, channel);
     if (a.dx) {
+      double weight = read(a.weight, channel, 1);
+      if (a.by_renorm) weight *= Sums::saved(a, kSavedR, channel);
       const auto g =
           gradient_coefficients<A, double>(Sums::saved(a, kSavedMeanHi, channel), Sums::saved(a, kSavedMeanLo, channel),
-                                           invstd, read(a.weight, channel, 1), sum.dy, sum.dot, sum.count);
+                                           invstd, weight, sum.dy, sum.dot, sum.count);
       const A c[5] = {g.mean_hi, g.dy_hi, g.scale, g.slope, g.offset};
       for (int k = 0; k < 5; ++k) out[k * channels + j] = c[k];
     }

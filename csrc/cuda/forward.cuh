@@ -27,19 +27,88 @@ struct Affine {
   }
 };
 
+// Nothing that counts, or a lone value, in a padded batch, moves no running statistic: the host could not know.
+__device__ inline bool moves(const Moments<double>& m) { return m.count > 1; }
+__device__ inline double mean_of(const Moments<double>& m) { return m.mean_hi + m.mean_lo; }
+__device__ inline double unbiased_of(const Moments<double>& m) { return m.m2 / (m.count - 1); }
+
+__device__ inline void move_statistics(const ForwardArgs& a, int64_t channel, const Moments<double>& m,
+                                       double momentum) {
+  if (!a.running_mean || !moves(m)) return;
+  write(a.running_mean, channel, running_update(read(a.running_mean, channel, 0), mean_of(m), momentum));
+  write(a.running_var, channel, running_update(read(a.running_var, channel, 0), unbiased_of(m), momentum));
+}
+
+// A channel's running statistics as launches of one virtual batch each move them: rounded to their type in between.
+// momentum: with momentum=None, the number of batches when the first of these has been counted.
+struct RunningPair {
+  const ForwardArgs& a;
+  const int64_t channel;
+  const double momentum;
+  double mean, var;
+  __device__ RunningPair(const ForwardArgs& args, int64_t c, double by)
+      : a(args), channel(c), momentum(by), mean(read(args.running_mean, c, 0)), var(read(args.running_var, c, 0)) {}
+  __device__ void move(int64_t i, double by_mean, double by_var) {
+    const bool cumulative = a.cumulative && a.num_batches_tracked != nullptr;
+    const double share = cumulative ? 1.0 / (momentum + static_cast<double>(i)) : momentum;
+    mean = rounded_to(a.running_mean.dtype, running_update(mean, by_mean, share));
+    var = rounded_to(a.running_var.dtype, running_update(var, by_var, share));
+  }
+  __device__ void put() const {
+    write(a.running_mean, channel, mean);
+    write(a.running_var, channel, var);
+  }
+};
+__device__ inline void move_statistics(const PieceArgs<ForwardArgs>& a, int64_t channel, const Moments<double>& m,
+                                       double momentum) {
+  if (!a.running_mean) return;
+  if (a.leaves) return leave(a, channel, mean_of(m), unbiased_of(m));
+  RunningPair running(a, channel, momentum);
+  const double* left = a.left + channel;
+#pragma unroll 4
+  for (int64_t i = 0; i < a.earlier; ++i, left += 2 * a.shape.c) running.move(i, left[0], left[a.shape.c]);
+  running.move(a.earlier, mean_of(m), unbiased_of(m));
+  running.put();
+}
+__device__ inline void move_statistics(const PaddedPiece<ForwardArgs>& a, int64_t channel, const Moments<double>& m,
+                                       double momentum) {
+  if (!a.running_mean || !a.last) return;
+  RunningPair running(a, channel, momentum);
+#pragma unroll 1
+  for (int64_t i = 0; i <= a.earlier; ++i) {
+    const auto by = i < a.earlier ? given_moments(a.stage_of(i), channel, a.shape.c) : m;
+    if (moves(by)) running.move(i, mean_of(by), unbiased_of(by));
+  }
+  running.put();
+}
+
 // Mean and variance of a channel -> its coefficients, in the tile's rows and, where it `saves`, all of `saved`.
-template <typename T, int V, typename A>
+// kRenorm: in training, where it may be renormalised.
+template <typename T, int V, bool kRenorm, typename A>
 __device__ inline void set_channel(const ForwardArgs& a, int64_t channel, double mean_hi, double mean_lo,
                                    double variance, int j, int of_tile, A* tile, bool saves) {
   const double invstd = inverse_std<A>(variance, a.eps);
+  RenormFactors factors;
   A hi, lo;
   split(mean_hi, mean_lo, &hi, &lo);
-  const double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
+  double weight = read(a.weight, channel, 1), bias = read(a.bias, channel, 0);
+  if (kRenorm && a.renorm) {
+    const Renorm& n = a.renorm;
+    factors =
+        renorm_factors(n, n.batches ? warmed_up(n, *n.batches) : 1, (mean_hi - read(n.mean, channel, 0)) + mean_lo,
+                       invstd, inverse_std<A>(read(n.var, channel, 1), a.eps));
+    bias += weight * factors.d;
+    weight *= factors.r;
+  }
   const auto n = normalise_coefficients<A, double>(hi, lo, variance, invstd, weight, bias);
   Affine<T, V>::put(tile, of_tile, j, n);
   if (!saves) return;
   const A values[kSavedRows] = {hi, lo, static_cast<A>(invstd), n.mean_hi, n.scale, n.shift};
   for (int k = 0; k < kSavedRows; ++k) static_cast<A*>(a.saved)[k * a.shape.c + channel] = values[k];
+  if (kRenorm && a.renorm) {
+    static_cast<A*>(a.saved)[kSavedR * a.shape.c + channel] = static_cast<A>(factors.r);
+    static_cast<A*>(a.saved)[kSavedD * a.shape.c + channel] = static_cast<A>(factors.d);
+  }
 }
 
 template <typename T, int V>
@@ -51,7 +120,7 @@ struct Evaluation : Affine<T, V> {
   // All blocks of a tile save the same.
   static __device__ void coefficients(const Args& a, int64_t channel, int j, int channels, A* out) {
     const double mean = read(a.running_mean, channel, 0), variance = read(a.running_var, channel, 1);
-    set_channel<T, V>(a, channel, mean, 0.0, variance, j, channels, out, a.saved != nullptr);
+    set_channel<T, V, false>(a, channel, mean, 0.0, variance, j, channels, out, a.saved != nullptr);
   }
 };
 
@@ -161,8 +230,9 @@ struct Forward : Affine<T, V> {
   }
 
   // Statistics of one channel to coefficients, and, by the block that owns them, to what is kept.
-  static __device__ void finish(const Plan& p, const Args& a, const Partial<double>* totals, bool valid,
-                                int64_t channel, int j, int channels, int lane, bool owner, double momentum, A* out) {
+  template <class Any>
+  static __device__ void finish(const Plan& p, const Any& a, const Partial<double>* totals, bool valid, int64_t channel,
+                                int j, int channels, int lane, bool owner, double momentum, A* out) {
     const Partial<double>& total = *totals;
     Moments<double> m{static_cast<double>(p.count), total[1], total[2], total[3]};
     const double own = m.mean_hi + m.mean_lo;
@@ -177,12 +247,9 @@ struct Forward : Affine<T, V> {
       if (owner) put_result(a.stage, channel, a.shape.c, m);
       return;
     }
-    set_channel<T, V>(a, channel, m.mean_hi, m.mean_lo, m.m2 / m.count, j, channels, out, owner);
-    if (owner && a.running_mean) {
-      const double mean = m.mean_hi + m.mean_lo, unbiased = m.m2 / (m.count - 1);
-      write(a.running_mean, channel, running_update(read(a.running_mean, channel, 0), mean, momentum));
-      write(a.running_var, channel, running_update(read(a.running_var, channel, 0), unbiased, momentum));
-    }
+    set_channel<T, V, true>(a, channel, m.mean_hi, m.mean_lo, m.count > 0 ? m.m2 / m.count : 0, j, channels, out,
+                            owner);
+    if (owner) move_statistics(a, channel, m, momentum);
   }
 };
 

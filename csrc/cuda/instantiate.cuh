@@ -1,10 +1,12 @@
 // Launches of the kernels for one element type; each .cu of a type includes this and defines its three entries.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "entries.h"
 #include "kernel.cuh"
+#include "padded.cuh"
 
 namespace bn_ext {
 namespace cuda {
@@ -14,7 +16,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, bool alone, cudaStream_t stream,
                    const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks()));
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks()), static_cast<unsigned>(plan.pieces));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
   config.stream = stream;
@@ -38,20 +40,37 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, bool alone, 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+template <class Args>
+cudaError_t reduce_and_apply(void (*kernel)(Plan, Args, void*, int), const Plan& plan, const Args& args,
+                             void* workspace, cudaStream_t stream) {
+  if (args.stage.given) return launch(kernel, plan, true, stream, plan, args, workspace, int{kApply});
+  if (plan.exchange != Exchange::kTwoLaunches) {
+    return launch(kernel, plan, false, stream, plan, args, workspace, kReduce | kApply);
+  }
+  const auto error = launch(kernel, plan, true, stream, plan, args, workspace, int{kReduce});
+  if (error != cudaSuccess) return error;
+  return launch(kernel, plan, true, stream, plan, args, workspace, int{kApply});
+}
 template <class Op>
 cudaError_t reduce_and_apply(const Plan& plan, const typename Op::Args& args, void* workspace, cudaStream_t stream) {
-  if (args.stage.given) return launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kApply});
-  if (plan.exchange != Exchange::kTwoLaunches) {
-    return launch(reduce_kernel<Op>, plan, false, stream, plan, args, workspace, kReduce | kApply);
-  }
-  const auto error = launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kReduce});
-  if (error != cudaSuccess) return error;
-  return launch(reduce_kernel<Op>, plan, true, stream, plan, args, workspace, int{kApply});
+  return reduce_and_apply(reduce_kernel<Op>, plan, args, workspace, stream);
+}
+template <class Op>
+cudaError_t reduce_and_apply(const Plan& plan, const PieceArgs<typename Op::Args>& args, void* workspace,
+                             cudaStream_t stream) {
+  return reduce_and_apply(pieces_kernel<Op>, plan, args, workspace, stream);
 }
 
 template <class Op>
 cudaError_t apply(const Plan& plan, const typename Op::Args& args, cudaStream_t stream) {
-  return launch(apply_kernel<Op>, plan, true, stream, plan, args);
+  return launch(args.valid ? padded_apply_kernel<Op> : apply_kernel<Op>, plan, true, stream, plan, args);
+}
+
+// A padded batch's sums are given.
+template <class Op>
+cudaError_t run_training(const Plan& plan, const typename Op::Args& args, void* workspace, cudaStream_t stream) {
+  if (args.valid) return launch(padded_apply_kernel<Op>, plan, true, stream, plan, args);
+  return reduce_and_apply<Op>(plan, args, workspace, stream);
 }
 
 // `Use` is given the kernel's operation for the plan's vector.
@@ -71,7 +90,7 @@ cudaError_t with_residual(const Epilogue& epilogue, const Plan& plan, const Use&
 template <typename T>
 cudaError_t forward_of(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   const auto reduce = [&](auto* op) {
-    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+    return run_training<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
   };
   const auto write = [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); };
   if (args.training) {
@@ -83,15 +102,45 @@ cudaError_t forward_of(const ForwardArgs& args, const Plan& plan, void* workspac
                                                      : with_vector<Evaluation, T>(plan, write);
 }
 
+// Virtual batches in training; in backward with sums.
+template <typename T>
+cudaError_t forward_pieces_of(const PieceArgs<ForwardArgs>& args, const Plan& plan, void* workspace,
+                              cudaStream_t stream) {
+  const auto reduce = [&](auto* op) {
+    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+  };
+  return args.epilogue ? with_residual<ActivatedForward, T>(args.epilogue, plan, reduce)
+                       : with_vector<Forward, T>(plan, reduce);
+}
+
+template <typename T, Source kSource, class Args>
+cudaError_t sums_by(const Args& args, const Plan& plan, void* workspace, cudaStream_t stream) {
+  constexpr int kFull = access_bytes(Pass::kActivatedBackward, sizeof(T)) / static_cast<int>(sizeof(T));
+  if (plan.vector == 1) return reduce_and_apply<ActivatedBackward<T, 1, kSource>>(plan, args, workspace, stream);
+  return reduce_and_apply<ActivatedBackward<T, kFull, kSource>>(plan, args, workspace, stream);
+}
+
+template <typename T>
+cudaError_t backward_pieces_of(const PieceArgs<BackwardArgs>& args, const Plan& plan, void* workspace,
+                               cudaStream_t stream) {
+  if (!args.epilogue.activates()) {
+    return with_vector<Backward, T>(plan, [&](auto* op) {
+      return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+    });
+  }
+  switch (source_of(args.epilogue)) {
+    case Source::kArgument:
+      return sums_by<T, Source::kArgument>(args, plan, workspace, stream);
+    case Source::kSum:
+      return sums_by<T, Source::kSum>(args, plan, workspace, stream);
+    default:
+      return sums_by<T, Source::kMask>(args, plan, workspace, stream);
+  }
+}
+
 template <typename T, Source kSource>
 cudaError_t backward_by(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
-  if (args.sums()) {
-    constexpr int kFull = access_bytes(Pass::kActivatedBackward, sizeof(T)) / static_cast<int>(sizeof(T));
-    if (plan.vector == 1) {
-      return reduce_and_apply<ActivatedBackward<T, 1, kSource>>(plan, args, workspace, stream);
-    }
-    return reduce_and_apply<ActivatedBackward<T, kFull, kSource>>(plan, args, workspace, stream);
-  }
+  if (args.sums()) return sums_by<T, kSource>(args, plan, workspace, stream);
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   if (plan.vector == 1) return apply<ActivationGradient<T, 1, kSource>>(plan, args, stream);
   return apply<ActivationGradient<T, kFull, kSource>>(plan, args, stream);
@@ -109,11 +158,16 @@ cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* worksp
         return backward_by<T, Source::kMask>(args, plan, workspace, stream);
     }
   }
-  const auto reduce = [&](auto* op) {
-    return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
-  };
-  if (args.training) return with_vector<Backward, T>(plan, reduce);
-  if (args.sums()) return with_vector<EvaluationBackward, T>(plan, reduce);
+  if (args.training) {
+    return with_vector<Backward, T>(plan, [&](auto* op) {
+      return run_training<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+    });
+  }
+  if (args.sums()) {
+    return with_vector<EvaluationBackward, T>(plan, [&](auto* op) {
+      return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
+    });
+  }
   return with_vector<EvaluationScale, T>(
       plan, [&](auto* op) { return apply<std::remove_pointer_t<decltype(op)>>(plan, args, stream); });
 }
@@ -123,6 +177,26 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
   constexpr int kFull = access_bytes(Pass::kDoubleBackward, sizeof(T)) / static_cast<int>(sizeof(T));
   if (plan.vector == 1) return reduce_and_apply<DoubleBackward<T, 1>>(plan, args, workspace, stream);
   return reduce_and_apply<DoubleBackward<T, kFull>>(plan, args, workspace, stream);
+}
+
+template <class... Parameters>
+cudaError_t launch_padded(void (*kernel)(Parameters...), const PaddedArgs& args, size_t shared, cudaStream_t stream) {
+  const int64_t blocks = (args.shape.c + args.tx - 1) / args.tx * args.parts;
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(args.batches.count - args.first, kMostRows)));
+  config.blockDim = dim3(kPaddedThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <typename T>
+cudaError_t padded_of(PaddedPass pass, const PaddedArgs& args, cudaStream_t stream) {
+  if (pass == PaddedPass::kMoments) {
+    return launch_padded(padded_kernel<PaddedMoments<T>>, args, kPaddedThreads * sizeof(Moments<double>), stream);
+  }
+  return launch_padded(padded_kernel<PaddedSums<T>>, args, kPaddedThreads * sizeof(GradientSum), stream);
 }
 
 // Defines the entries of one type (entries.h).
@@ -136,6 +210,17 @@ cudaError_t double_backward_of(const DoubleBackwardArgs& args, const Plan& plan,
   cudaError_t double_backward_##NAME(const DoubleBackwardArgs& args, const Plan& plan, void* workspace,           \
                                      cudaStream_t stream) {                                                       \
     return double_backward_of<T>(args, plan, workspace, stream);                                                  \
+  }                                                                                                               \
+  cudaError_t forward_pieces_##NAME(const PieceArgs<ForwardArgs>& args, const Plan& plan, void* workspace,        \
+                                    cudaStream_t stream) {                                                        \
+    return forward_pieces_of<T>(args, plan, workspace, stream);                                                   \
+  }                                                                                                               \
+  cudaError_t backward_pieces_##NAME(const PieceArgs<BackwardArgs>& args, const Plan& plan, void* workspace,      \
+                                     cudaStream_t stream) {                                                       \
+    return backward_pieces_of<T>(args, plan, workspace, stream);                                                  \
+  }                                                                                                               \
+  cudaError_t padded_##NAME(PaddedPass pass, const PaddedArgs& args, cudaStream_t stream) {                       \
+    return padded_of<T>(pass, args, stream);                                                                      \
   }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
-// The two kernels: one reduces and then applies, with its blocks meeting in between; the other only applies.
+// The kernels: one reduces and then applies, with its blocks meeting in between, and another one does so for virtual
+// batches; the third only applies.
 #pragma once
 
 #include "worker.cuh"
@@ -10,26 +11,36 @@ namespace cg = cooperative_groups;
 
 constexpr int kReduce = 1, kApply = 2;  // phases of a launch
 
-// The share of this batch in the running averages. With momentum=None it is 1 / (batches so far + 1), and the counter
-// itself counts the blocks that have seen it (above bit 40), so that the last of them may set its new value.
-__device__ inline double momentum_of(const ForwardArgs& a, const Plan& p, const int64_t tile) {
+// Counts `batches` and returns their share in the running averages; with momentum=None, which makes it one over the
+// number of batches, that number when the first of these has been counted. The counter then counts also the blocks that
+// have seen it (above bit 40), so that the last of them may set its new value.
+__device__ inline double count_batches(const ForwardArgs& a, const Plan& p, const int64_t tile, int64_t batches) {
   if (a.num_batches_tracked == nullptr) return a.momentum;
   auto* counter = reinterpret_cast<unsigned long long*>(a.num_batches_tracked);
   if (!a.cumulative) {
-    if (tile == 0) *counter += 1;
+    if (tile == 0) *counter += batches;
     return a.momentum;
   }
   constexpr int kShift = 40;
-  const unsigned long long seen = atomicAdd(counter, 1ull << kShift), batches = (seen & ((1ull << kShift) - 1)) + 1;
-  if (static_cast<int64_t>(seen >> kShift) == p.tiles - 1) atomicExch(counter, batches);
-  return 1.0 / static_cast<double>(batches);
+  const unsigned long long seen = atomicAdd(counter, 1ull << kShift), before = seen & ((1ull << kShift) - 1);
+  if (static_cast<int64_t>(seen >> kShift) == p.tiles - 1) atomicExch(counter, before + batches);
+  return static_cast<double>(before + 1);
+}
+// What move_statistics goes by.
+__device__ inline double momentum_of(const ForwardArgs& a, const Plan& p, int64_t tile) {
+  const double share = count_batches(a, p, tile, 1);
+  return a.cumulative && a.num_batches_tracked != nullptr ? 1.0 / share : share;
+}
+__device__ inline double momentum_of(const PieceArgs<ForwardArgs>& a, const Plan& p, int64_t tile) {
+  return a.leaves ? 0 : count_batches(a, p, tile, 1 + a.earlier);
+}
+__device__ inline double momentum_of(const PaddedPiece<ForwardArgs>& a, const Plan& p, int64_t tile) {
+  return a.last ? count_batches(a, p, tile, 1 + a.earlier) : 0;
 }
 __device__ inline double momentum_of(const BackwardArgs&, const Plan&, int64_t) { return 0; }
 
-template <class Op>
-__global__ void __launch_bounds__(kThreads, 2)
-    reduce_kernel(const __grid_constant__ Plan plan, const __grid_constant__ typename Op::Args args, void* workspace,
-                  int phases) {
+template <class Op, class Args>
+__device__ __forceinline__ void reduce_block(const Plan& plan, const Args& args, void* workspace, int phases) {
   using A = typename Op::A;
   using T = typename Op::Element;
   constexpr int V = Op::kVector, K = Op::kInputs, G = Op::kGroups;
@@ -186,6 +197,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Shared memory stays until no block of the cluster reads it.
   if (plan.exchange == Exchange::kCluster) cg::this_cluster().sync();
 #endif
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kThreads, 2)
+    reduce_kernel(const __grid_constant__ Plan plan, const __grid_constant__ typename Op::Args args, void* workspace,
+                  int phases) {
+  reduce_block<Op>(plan, args, workspace, phases);
+}
+
+// A copy of the arguments, which stays in registers as far as it differs.
+template <class Args>
+__device__ __forceinline__ PieceArgs<Args> piece_of_block(const PieceArgs<Args>& all) {
+  return virtual_batch(all, all.first + blockIdx.y);
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kThreads, 2)
+    pieces_kernel(const __grid_constant__ Plan plan, const __grid_constant__ PieceArgs<typename Op::Args> args,
+                  void* workspace, int phases) {
+  reduce_block<Op>(plan, piece_of_block<typename Op::Args>(args), workspace, phases);
 }
 
 template <class Op>

@@ -1,6 +1,7 @@
 // From a plan to the launches of its element type.
 #include "launch.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "entries.h"
@@ -34,33 +35,19 @@ cudaError_t query_device(int index, Device* device) {
   return cudaSuccess;
 }
 
-namespace {
-
-template <class Entry>
-Entry* of_type(DType dtype, Entry* float32, Entry* float64, Entry* bfloat16, Entry* float16) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return float32;
-    case DType::kFloat64:
-      return float64;
-    case DType::kBFloat16:
-      return bfloat16;
-    default:
-      return float16;
-  }
+cudaError_t clear_mask(const ForwardArgs& args, int64_t first, int64_t batches, cudaStream_t stream) {
+  const Epilogue& e = args.epilogue;
+  if (!e.mask) return cudaSuccess;
+  const Shape last = virtual_batch(args, first + batches - 1).shape;
+  const int64_t of_last = mask_bytes(last.numel(), cuda_mask_elements(element_bytes(args.dtype)));
+  const int64_t size = (batches - 1) * e.mask_step + of_last;
+  return cudaMemsetAsync(e.mask + first * e.mask_step, 0, static_cast<size_t>(size), stream);
 }
-
-// Single elements set their bits in bytes that they share.
-cudaError_t clear_mask(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  if (!args.epilogue.mask || plan.vector > 1) return cudaSuccess;
-  const int64_t size = mask_bytes(args.shape.numel(), cuda_mask_elements(element_bytes(args.dtype)));
-  return cudaMemsetAsync(args.epilogue.mask, 0, static_cast<size_t>(size), stream);
-}
-
-}  // namespace
 
 cudaError_t forward(const ForwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
-  if (const auto error = clear_mask(args, plan, stream); error != cudaSuccess) return error;
+  if (plan.vector == 1) {
+    if (const auto error = clear_mask(args, plan.first, plan.pieces, stream); error != cudaSuccess) return error;
+  }
   return of_type(args.dtype, forward_float32, forward_float64, forward_bfloat16, forward_float16)(args, plan, workspace,
                                                                                                   stream);
 }

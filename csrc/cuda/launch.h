@@ -12,6 +12,9 @@ namespace cuda {
 // Figures of CUDA device `index`.
 cudaError_t query_device(int index, Device* device);
 
+// Before single elements set their bits in bytes that they share: the mask of so many virtual batches.
+cudaError_t clear_mask(const ForwardArgs& args, int64_t first, int64_t batches, cudaStream_t stream);
+
 // `workspace` holds plan.workspace_bytes, aligned to 16, of any content; it belongs to this call alone. The residual of
 // training has the output's strides and its alignment. A mask is written whole, whatever it holds before. Evaluation
 // may write into its input.

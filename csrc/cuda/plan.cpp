@@ -28,12 +28,15 @@ struct Request {
   Pass pass;
   Shape shape;
   DType dtype;
-  TensorRef operand[kMaxPlanOperands];  // inputs, then the output
+  TensorRef operand[kOutput + 1];  // inputs, then the output
   int inputs;
   bool output, reduces, keeps;
   TensorRef second;     // output, laid out as the first
   bool places = false;  // the output's strides count also where it is absent
   bool given = false;   // what it reduces is merged already: one sweep, and nothing meets
+  bool padded = false;
+  int64_t pieces = 1, apart = 0;  // virtual batches in the launch; samples from each to the next
+  bool once = false;              // it has to be one launch
   // Bytes beside the operands: those that each sweep reads, or the writing one alone, and that it writes.
   int64_t beside = 0, beside_once = 0, beside_written = 0;
   int64_t written() const { return output + bool(second); }
@@ -55,7 +58,9 @@ int access_of(const Request& r) { return access_bytes(r.pass, element_bytes(r.dt
 // Whether every row of every operand can be taken `v` elements at a time.
 bool vectorises(const Geometry& g, const Request& r, int v) {
   const int operands = r.operands();
-  const auto misaligned = [&](const TensorRef& t) { return reinterpret_cast<uintptr_t>(t.data) % access_of(r) != 0; };
+  const auto misaligned = [&](const TensorRef& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % access_of(r) != 0 || r.apart * t.stride_n % v != 0;
+  };
   if (misaligned(r.second)) return false;
   for (int k = 0; k < operands; ++k) {
     const Strides& s = g.strides[k];
@@ -78,18 +83,24 @@ Plan lay_out(const Request& r, bool vectorised) {
   const int full = access_of(r) / element_bytes(r.dtype);
   const int v = vectorised ? full : 1;
   // Joining rows is for whole vectors only: the threads of a block lie side by side over several rows anyway.
-  const Fold fold = {1, v, static_cast<int64_t>(kThreads) * v, r.shape.count()};
+  Fold fold;
+  fold.columns = 1;
+  fold.multiple = v;
+  fold.limit = static_cast<int64_t>(kThreads) * v;
+  fold.wide = 0;
+  fold.rows = r.shape.count();
   TensorRef lead_first[kMaxPlanOperands];
-  const int operands = r.operands();
+  const int operands = r.operands(), walked = operands + r.padded;
   const int lead = operands > r.inputs ? r.inputs : std::min(r.inputs - 1, 1);  // without an output, x leads
   lead_first[0] = r.operand[lead];
   for (int k = 0, at = 1; k < operands; ++k) {
     if (k != lead) lead_first[at++] = r.operand[k];
   }
-  Geometry g = make_geometry(r.shape, lead_first, operands, fold);
+  lead_first[operands] = {nullptr, r.shape.l, 0, 1};  // the position, as if it were an address
+  Geometry g = make_geometry(r.shape, lead_first, walked, nullptr, fold);
   Strides in_order[kMaxPlanOperands];
-  for (int k = 0, at = 1; k < operands; ++k) in_order[k] = g.strides[k == lead ? 0 : at++];
-  std::copy_n(in_order, operands, g.strides);
+  for (int k = 0, at = 1; k < walked; ++k) in_order[k] = g.strides[k == lead ? 0 : at++];
+  std::copy_n(in_order, walked, g.strides);
 
   Plan p;
   p.groups = r.pass == Pass::kDoubleBackward ? 3 : 1;
@@ -116,8 +127,8 @@ Plan lay_out(const Request& r, bool vectorised) {
     p.tail = static_cast<int>(g.inner % v);
     p.span = v;
   }
-  for (int k = 0; k < operands; ++k) {
-    Operand& o = p.operand[k < r.inputs ? k : kMaxPlanOperands - 1];
+  for (int k = 0; k < walked; ++k) {
+    Operand& o = p.operand[k < r.inputs ? k : k < operands ? kOutput : kPosition];
     const Strides& s = g.strides[k];
     if (g.columns) {
       o.fast = g.fast_stride(k);
@@ -192,7 +203,8 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   p->exchange = p->splits == 1 ? Exchange::kNone : exchange;
   const int64_t thread_rows = (p->split_rows + p->ty - 1) / p->ty;
   const bool can_keep = r.keeps && !r.given && p->vector > 1 && p->exchange != Exchange::kTwoLaunches && m.row > 0;
-  const int64_t room = p->blocks() <= d.sms ? m.lone_room : m.room;
+  const int64_t blocks = p->blocks() * r.pieces;
+  const int64_t room = blocks <= d.sms ? m.lone_room : m.room;
   p->kept = can_keep ? static_cast<int>(std::min(thread_rows, room / m.row)) : 0;
   p->shared_bytes = m.fixed + p->kept * m.row;
   const int64_t bytes = element_bytes(r.dtype), tensor = r.shape.numel() * bytes;
@@ -208,10 +220,11 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   const bool one_pass = r.reduces && r.output && r.pass == Pass::kInferenceBackward;
   const int64_t tail = (p->groups - 1 + one_pass) * p->tail * bytes;  // each group of sums reads it for itself
   const int64_t sweeps = r.reduces && r.output && !one_pass && !r.given ? 2 : 1;
-  p->read_bytes = r.inputs * (tensor + again + tail) + sweeps * r.beside + r.beside_once;
-  p->write_bytes = r.written() * tensor + r.beside_written;
+  p->pieces = r.pieces;
+  p->read_bytes = r.pieces * (r.inputs * (tensor + again + tail) + sweeps * r.beside + r.beside_once);
+  p->write_bytes = r.pieces * (r.written() * tensor + r.beside_written);
   p->launches = p->exchange == Exchange::kTwoLaunches ? 2 : 1;
-  p->stream_output = r.output && again > 0 && tensor > kStreamedBytes;
+  p->stream_output = r.output && again > 0 && r.pieces * tensor > kStreamedBytes;
   const int64_t partials = p->splits * p->tile_channels * p->groups;
   p->pooled = p->exchange == Exchange::kGrid && partials > kPooledPartials;
   const int64_t wide = r.dtype == DType::kFloat64 ? 8 : 4;
@@ -224,9 +237,9 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
   }
 
   const double total = static_cast<double>(p->read_bytes + p->write_bytes);
-  const double rounds = static_cast<double>((p->blocks() + d.sms - 1) / d.sms);
-  double time = std::max(total / (kSmBytes * d.sms), rounds * total / static_cast<double>(p->blocks()) / kLoneSmBytes);
-  if (p->blocks() < d.sms) time *= 1 + kIdle * (1 - static_cast<double>(p->blocks()) / d.sms);
+  const double rounds = static_cast<double>((blocks + d.sms - 1) / d.sms);
+  double time = std::max(total / (kSmBytes * d.sms), rounds * total / static_cast<double>(blocks) / kLoneSmBytes);
+  if (blocks < d.sms) time *= 1 + kIdle * (1 - static_cast<double>(blocks) / d.sms);
   const double line = static_cast<double>(p->tx * p->vector * bytes);
   if (!p->planes && p->tiles > 1 && line < 512) time *= 1 + kNarrow * (1 - line / 512);
   if (p->exchange == Exchange::kCluster) time += kClusterBarrier;
@@ -244,7 +257,7 @@ Plan make_plan(const Request& r, const Device& d) {
   const auto consider = [&](Plan p, int64_t splits, Exchange exchange) {
     const double time = settle(&p, r, d, splits, exchange);
     if (best_time < 0 || time < best_time) {
-      best_time = time;
+      best_time = p.time = time;
       best = p;
     }
   };
@@ -263,7 +276,7 @@ Plan make_plan(const Request& r, const Device& d) {
     const int64_t most = std::max<int64_t>(1, (p.rows + p.ty - 1) / p.ty);
     if (!r.reduces || r.given) {
       // Nothing meets: as many splits as give every SM some blocks, of a few rows a thread.
-      const int64_t filled = std::max<int64_t>(1, 8 * d.sms / p.tiles);
+      const int64_t filled = std::max<int64_t>(1, 8 * d.sms / (p.tiles * r.pieces));
       consider(p, std::min(filled, std::max<int64_t>(1, most / 4)), Exchange::kNone);
       continue;
     }
@@ -274,7 +287,8 @@ Plan make_plan(const Request& r, const Device& d) {
     }
     const int64_t filled =
         std::min(memory_of(p, r, d).resident / p.tiles, std::max<int64_t>(1, most / kLowestGridRows));
-    if (filled > 1) {
+    const bool meets = r.pieces == 1 && (d.cooperative || !r.once);  // blocks of several launches or of the grid
+    if (filled > 1 && meets) {
       consider(p, filled, d.cooperative ? Exchange::kGrid : Exchange::kTwoLaunches);
     }
   }
@@ -283,35 +297,48 @@ Plan make_plan(const Request& r, const Device& d) {
 
 }  // namespace
 
-Plan plan_forward(const ForwardArgs& a, const Device& d) {
+// What the request is for, of the batch that the arguments are.
+static Shape set_cut(Request* r, const Shape& shape, const VirtualBatches& batches, Cut cut) {
+  r->shape = shape;
+  r->once = cut == Cut::kBeside || cut == Cut::kLast;
+  if (cut == Cut::kBeside || cut == Cut::kEach) r->shape.n = r->apart = batches.size;
+  if (cut == Cut::kBeside) r->pieces = batches.count - 1;
+  return r->shape;
+}
+
+Plan plan_forward(const ForwardArgs& a, const Device& d, Cut cut) {
   const bool output = bool(a.y);
   Request r{Pass::kForward, a.shape, a.dtype, {a.x}, 1, output, a.training, a.training && output};
+  const Shape shape = set_cut(&r, a.shape, a.batches, cut);
   if (!a.training) r.pass = Pass::kInference;
   r.given = a.stage.given;
-  if (a.epilogue.mask) r.beside_written = bytes_of_mask(a.shape, a.dtype);
-  if (a.epilogue.residual && a.training) r.beside_once = a.shape.numel() * element_bytes(a.dtype);
+  r.padded = bool(a.valid);
+  if (a.epilogue.mask) r.beside_written = bytes_of_mask(shape, a.dtype);
+  if (a.epilogue.residual && a.training) r.beside_once = shape.numel() * element_bytes(a.dtype);
   if (a.epilogue.residual && !a.training) r.operand[r.inputs++] = a.epilogue.residual;
   if (output) r.operand[r.inputs] = a.y;
   return make_plan(r, d);
 }
 
 // With an activation, the pass reads what tells its derivative and may write g beside dx.
-static Plan plan_activated_backward(const BackwardArgs& a, const Device& d) {
+static Plan plan_activated_backward(const BackwardArgs& a, const Device& d, Cut cut) {
   const bool sums = a.sums(), output = a.dx || a.grad_residual;
   const Source source = source_of(a.epilogue);
   Request r{
       sums ? Pass::kActivatedBackward : Pass::kInference, a.shape, a.dtype, {a.dy}, 1, output, sums, sums && output};
+  const Shape shape = set_cut(&r, a.shape, a.batches, cut);
   if (sums || source != Source::kMask) r.operand[r.inputs++] = a.x;
   if (source == Source::kSum) r.operand[r.inputs++] = a.epilogue.residual;
   r.operand[r.inputs] = a.grad_residual ? a.grad_residual : a.dx;
   if (a.grad_residual && a.dx) r.second = a.dx;
-  if (a.epilogue.mask) r.places = true, r.beside = bytes_of_mask(a.shape, a.dtype);
+  if (a.epilogue.mask) r.places = true, r.beside = bytes_of_mask(shape, a.dtype);
   r.given = a.stage.given;
+  r.padded = bool(a.valid);
   return make_plan(r, d);
 }
 
-Plan plan_backward(const BackwardArgs& a, const Device& d) {
-  if (a.epilogue.activates()) return plan_activated_backward(a, d);
+Plan plan_backward(const BackwardArgs& a, const Device& d, Cut cut) {
+  if (a.epilogue.activates()) return plan_activated_backward(a, d, cut);
   const bool sums = a.training || a.sums(), output = bool(a.dx);
   Request r{a.training ? Pass::kBackward : Pass::kInferenceBackward,
             a.shape,
@@ -321,9 +348,11 @@ Plan plan_backward(const BackwardArgs& a, const Device& d) {
             output,
             sums,
             a.training && output};
+  set_cut(&r, a.shape, a.batches, cut);
   if (sums) r.operand[1] = a.x;
   if (output) r.operand[r.inputs] = a.dx;
   r.given = a.stage.given;
+  r.padded = bool(a.valid);
   return make_plan(r, d);
 }
 

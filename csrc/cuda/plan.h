@@ -39,6 +39,14 @@ enum class Pass : int {
   kActivatedBackward
 };
 
+// What a launch takes of a batch that is cut into virtual ones (core/virtual_batch.h).
+enum class Cut : int {
+  kWhole,   // the arguments are one batch
+  kBeside,  // all but the last, side by side: each has its part of the grid
+  kEach,    // any of these alone
+  kLast,    // the last one, which the arguments are, in one launch
+};
+
 struct Operand {
   int64_t fast = 0, slow = 0;    // strides of the two counters of a column
   int64_t outer = 0, inner = 0;  // strides of the two counters of a row
@@ -46,7 +54,10 @@ struct Operand {
 };
 
 constexpr int kThreads = 256;
-constexpr int kMaxPlanOperands = 4;
+constexpr int64_t kMostRows = 65535;  // of a grid
+// Operands of a plan: inputs, then the output (two lie alike), then n * length + l, by which it is known what counts of
+// a padded batch.
+constexpr int kOutput = 3, kPosition = 4, kMaxPlanOperands = 5;
 
 struct Plan {
   Exchange exchange = Exchange::kNone;
@@ -66,12 +77,15 @@ struct Plan {
   int64_t channels = 0, vectors = 0, tiles = 0, fast = 1;  // fast: size of a column's fast counter
   int64_t rows = 0, inner = 1, step_inner = 0;             // inner: size of a row's inner counter
   int64_t splits = 1, split_rows = 0;
-  int64_t count = 0;                  // values of a channel
-  Operand operand[kMaxPlanOperands];  // inputs, then, last, the output; two outputs lie alike
+  int64_t count = 0;  // values of a channel
+  Operand operand[kMaxPlanOperands];
   int64_t shared_bytes = 0, workspace_bytes = 0;
-  // The model: tensor bytes that the launch reads and writes, and launches made.
+  // The model: tensor bytes that the launch reads and writes, launches made, their time without the launching.
   int64_t read_bytes = 0, write_bytes = 0;
   int launches = 1;
+  double time = 0;     // microseconds
+  int64_t pieces = 1;  // virtual batches side by side, each of so many blocks
+  int64_t first = 0;   // of a padded batch: the first of these
   int64_t blocks() const { return tiles * splits; }
 };
 
@@ -87,8 +101,8 @@ BN_HD int64_t scratch_partials(const Plan& p) {
   return threads < channels ? channels : threads;
 }
 
-Plan plan_forward(const ForwardArgs& args, const Device& device);
-Plan plan_backward(const BackwardArgs& args, const Device& device);
+Plan plan_forward(const ForwardArgs& args, const Device& device, Cut cut = Cut::kWhole);
+Plan plan_backward(const BackwardArgs& args, const Device& device, Cut cut = Cut::kWhole);
 // Of training, with a gradient at grad_input.
 Plan plan_double_backward(const DoubleBackwardArgs& args, const Device& device);
 

@@ -4,6 +4,8 @@
 
 #include <cooperative_groups.h>
 
+#include "padded.h"
+#include "pieces.h"
 #include "walk.cuh"
 
 namespace bn_ext {
@@ -14,6 +16,14 @@ template <typename A>
 using Partial = Vec<A, 4>;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// What this block's virtual batch leaves of a channel: worked out late, as registers are short.
+template <class Args>
+__device__ inline void leave(const PieceArgs<Args>& a, int64_t channel, double first, double second) {
+  double* const left = a.left + (a.first + blockIdx.y) * 2 * a.shape.c + channel;
+  left[0] = first;
+  left[a.shape.c] = second;
+}
 
 // Adds up over groups of `lanes` neighbouring lanes; every lane of the group gets the sum.
 template <typename A>

@@ -72,6 +72,20 @@ __device__ inline void write(const VectorRef& v, int64_t i, double value) {
   }
 }
 
+// What `write` then `read` would make of it.
+__device__ inline double rounded_to(DType dtype, double value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<float>(value);
+    case DType::kFloat64:
+      return value;
+    case DType::kBFloat16:
+      return widen(__double2bfloat16(value));
+    default:
+      return widen(__double2half(value));
+  }
+}
+
 // 1 / sqrt(var + eps). Float arithmetic is within two units in the last place of a float; double only where the
 // variance of float values overflows float.
 template <typename A>

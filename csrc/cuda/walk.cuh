@@ -42,15 +42,16 @@ __device__ inline int tile_channels(const Plan& p, int64_t tile) {
   return static_cast<int>(min(static_cast<int64_t>(p.tile_channels), p.channels - tile * p.tile_channels));
 }
 
-// Offsets of a thread's vector, row after row: in the first K inputs, and With the output in the output behind them.
-template <int K, bool With>
+// Offsets of a thread's vector, row after row: in the first K inputs, and With so many of the operands behind them, the
+// output and the position.
+template <int K, int With>
 struct Cursor {
   static constexpr int kCount = K + With;
   int64_t inner;
   int64_t offset[kCount];
 
   static __device__ __forceinline__ const Operand& operand(const Plan& p, int k) {
-    return p.operand[k < K ? k : kMaxPlanOperands - 1];
+    return p.operand[k < K ? k : kOutput + (k - K)];
   }
   template <int V>
   __device__ Cursor(const Plan& p, const Place<V>& place, int64_t row) {
@@ -63,7 +64,8 @@ struct Cursor {
       offset[k] = outer * o.outer + inner * o.inner + slow * o.slow + fast * o.fast;
     }
   }
-  __device__ __forceinline__ int64_t output() const { return offset[kCount - 1]; }
+  __device__ __forceinline__ int64_t output() const { return offset[K]; }
+  __device__ __forceinline__ int64_t position() const { return offset[K + 1]; }
   __device__ __forceinline__ void advance(const Plan& p) {
     inner += p.step_inner;
     const bool carry = inner >= p.inner;

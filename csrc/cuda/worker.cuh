@@ -81,7 +81,7 @@ struct Worker {
 
   __device__ int kept() const { return min(plan.kept, place.rows); }
 
-  template <bool With>
+  template <int With>
   __device__ __forceinline__ Cursor<K, With> cursor(int row) const {
     return Cursor<K, With>(plan, place, place.begin + static_cast<int64_t>(row) * plan.ty);
   }
@@ -119,11 +119,12 @@ struct Worker {
     }
   }
 
-  // Outputs of a row of inputs, at `offset`; with N = 1 of a single element, for column i.
+  // Outputs of a row of inputs, at `offset`; with N = 1 of a single element, for column i. The mask gets `marked`
+  // alone.
   template <int N>
   __device__ __forceinline__ auto applied(const Vec<T, V> (&in)[K], const Beside& beside,
-                                          const A (&coefficient)[Op::kCoefficients][V], int64_t offset,
-                                          int i = 0) const {
+                                          const A (&coefficient)[Op::kCoefficients][V], int64_t offset, int i = 0,
+                                          unsigned marked = ~0u) const {
     const auto apply = [&](auto... bits) {
       if constexpr (kBeside) {
         return Op::apply(in, beside, coefficient, args, bits...);
@@ -134,7 +135,7 @@ struct Worker {
     if constexpr (leaves_mask<Op>::value) {
       unsigned bits = 0;
       const auto result = apply(&bits);
-      if (args.epilogue.mask != nullptr) store_mask<T, V, N>(args.epilogue.mask, offset, bits, i);
+      if (args.epilogue.mask != nullptr) store_mask<T, V, N>(args.epilogue.mask, offset, bits & marked, i);
       return result;
     } else {
       return apply();
@@ -320,14 +321,18 @@ struct Worker {
     }
   }
 
+  static __device__ __forceinline__ Vec<T, V> spread(const Vec<T, 1>& one) {
+    Vec<T, V> all;
+#pragma unroll
+    for (int e = 0; e < V; ++e) all[e] = one[0];
+    return all;
+  }
+
   __device__ __forceinline__ void apply_tail(const A (&coefficient)[Op::kCoefficients][V]) const {
     for_tail([&](int i, int64_t offset, const Vec<T, 1>(&in)[K]) {
       Vec<T, V> wide[K];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-#pragma unroll
-        for (int e = 0; e < V; ++e) wide[k][e] = in[k][0];
-      }
+      for (int k = 0; k < K; ++k) wide[k] = spread(in[k]);
       put_one(offset, applied<1>(wide, beside<1>(offset), coefficient, offset, i), i);
     });
   }

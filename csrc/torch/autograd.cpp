@@ -31,7 +31,7 @@ const auto& inplace_op() {
 // The node, written as torch generates its own: torch::autograd::Function keeps what it is given in a map of strings
 // and notes every argument's shape, which took microseconds a step (CONTRIBUTING.md, Measured facts).
 struct BatchNormBackward : torch::autograd::Node {
-  SavedVariable input, weight, saved, residual, mask;
+  SavedVariable input, weight, saved, residual, mask, valid;
   Kept rest;  // what is no saved variable
 
   std::string name() const override { return "BatchNormBackward"; }
@@ -57,7 +57,7 @@ struct BatchNormBackward : torch::autograd::Node {
     for (SavedVariable* v : variables()) swap.before(*v);
     const Kept k = unpacked();
     PackedArgs packed;
-    packed.pack(std::vector<Tensor>{k.input, k.weight, k.saved, k.residual, k.mask});
+    packed.pack(std::vector<Tensor>{k.input, k.weight, k.saved, k.residual, k.mask, k.valid});
     for_each_value(k, [&](const auto& value) { packed.pack(value); });
     const auto args = std::move(packed).vec();
     std::vector<at::TypePtr> types;
@@ -76,15 +76,15 @@ struct BatchNormBackward : torch::autograd::Node {
   template <class Values, class Use>
   static void for_each_value(Values& k, const Use& use) {
     use(k.strides), use(k.training), use(k.eps), use(k.slope), use(k.activation), use(k.bits),
-        use(k.virtual_batch_size);
+        use(k.virtual_batch_size), use(k.renorm);
   }
 
-  std::array<SavedVariable*, 5> variables() { return {&input, &weight, &saved, &residual, &mask}; }
+  std::array<SavedVariable*, 6> variables() { return {&input, &weight, &saved, &residual, &mask, &valid}; }
 
   Kept unpacked() {
     Kept k = rest;
     k.input = input.unpack(), k.weight = weight.unpack(), k.saved = saved.unpack();
-    k.residual = residual.unpack(), k.mask = mask.unpack();
+    k.residual = residual.unpack(), k.mask = mask.unpack(), k.valid = valid.unpack();
     k.bias = next_edge(2);
     return k;
   }
@@ -92,7 +92,7 @@ struct BatchNormBackward : torch::autograd::Node {
   static variable_list from_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     const auto t = packed.unpack<std::vector<Tensor>>();
-    Kept k{t[0], t[1], t[2], t[3], t[4]};
+    Kept k{t[0], t[1], t[2], t[3], t[4], t[5]};
     for_each_value(k, [&](auto& value) { value = packed.unpack<std::decay_t<decltype(value)>>(); });
     return gradients(grads[0], std::move(k));
   }
@@ -115,20 +115,21 @@ struct Keeps {
   // The input of batch norm's own gradients, or of that argument; a residual alone needs neither.
   bool input;
   Keeps(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& added,
-        Activation kind, bool cut)
-      : residual(has(added) && kind != Activation::kIdentity && (cut || !by_sign(kind))),
+        Activation kind)
+      : residual(has(added) && kind != Activation::kIdentity && !by_sign(kind)),
         input(residual || x.requires_grad() || requires_grad(weight) || requires_grad(bias)) {}
 };
 
 Tensor recorded(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                 const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& count,
                 bool training, std::optional<double> momentum, double eps, const OptionalTensor& residual,
-                std::string_view activation, double slope, int64_t virtual_batch_size) {
+                std::string_view activation, double slope, int64_t virtual_batch_size, const OptionalTensor& valid,
+                OptionalNumbers renorm) {
   const auto& transforms = at::functorch::functorchTLSAccessor();
   if (transforms) transforms->checkSupportsCppAutogradFunction();
   const OptionalTensor none;
   const Activation kind = activation_of(activation);
-  const Keeps keeps(input, weight, bias, residual, kind, virtual_batch_size > 0);
+  const Keeps keeps(input, weight, bias, residual, kind);
   auto node = make_node<BatchNormBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor()),
                                                            residual.value_or(Tensor())));
@@ -136,14 +137,15 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
   if (keeps.input) node->input = SavedVariable(input, false);
   if (has(weight)) node->weight = SavedVariable(*weight, false);
   if (keeps.residual) node->residual = SavedVariable(*residual, false);
+  if (has(valid)) node->valid = SavedVariable(*valid, false);
   Tensor output, saved, mask;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     std::tie(output, saved, mask) =
         training ? forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, none, none,
-                                     residual, activation, slope, none, virtual_batch_size)
+                                     residual, activation, slope, none, virtual_batch_size, valid, renorm)
                  : forward_op().call(input, weight, bias, none, none, none, std::nullopt, eps, running_mean,
-                                     running_var, residual, activation, slope, none, 0);
+                                     running_var, residual, activation, slope, none, 0, valid, std::nullopt);
   }
   const bool by_mask = mask.sym_numel() != 0;
   if (by_mask) node->mask = SavedVariable(mask, false);
@@ -157,6 +159,7 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
   rest.activation = activation;
   rest.bits = bits_of(input, weight, bias, residual);
   rest.virtual_batch_size = virtual_batch_size;
+  rest.renorm = renorm.has_value();
   torch::autograd::set_history(output, node);
   return output;
 }
@@ -165,17 +168,18 @@ Tensor recorded(const Tensor& input, const OptionalTensor& weight, const Optiona
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const OptionalTensor& residual, std::string_view activation, double slope,
-                  int64_t virtual_batch_size) {
+                  const OptionalTensor& residual, std::string_view activation, double slope, int64_t virtual_batch_size,
+                  const OptionalTensor& valid, bool allow_single_value, OptionalNumbers renorm) {
   check_virtual_batch_size(virtual_batch_size);
-  if (training) {
+  renorm_of(renorm);
+  if (training && !(allow_single_value && has_single_value(input, valid))) {
     const OptionalTensor count = counter_of(num_batches_tracked, input, momentum);
     return std::get<0>(forward_op().call(input, weight, bias, running_mean, running_var, count, momentum, eps, {}, {},
-                                         residual, activation, slope, {}, virtual_batch_size));
+                                         residual, activation, slope, {}, virtual_batch_size, valid, renorm));
   }
   TORCH_CHECK(has(running_mean), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(has(running_var), "running_var must be defined in evaluation mode");
-  return inference_op().call(input, weight, bias, *running_mean, *running_var, eps, residual, activation, slope);
+  return inference_op().call(input, weight, bias, *running_mean, *running_var, eps, residual, activation, slope, valid);
 }
 
 bool needs_graph(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -188,8 +192,10 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                            double eps, const OptionalTensor& residual, std::string_view activation, double slope,
-                           int64_t virtual_batch_size) {
+                           int64_t virtual_batch_size, const OptionalTensor& valid, bool allow_single_value,
+                           OptionalNumbers renorm) {
   check_virtual_batch_size(virtual_batch_size);
+  renorm_of(renorm);
   check_no_gradient(running_mean, "running_mean");
   check_no_gradient(running_var, "running_var");
   check_can_be_counted(num_batches_tracked);
@@ -197,9 +203,10 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
       !forward_mode() || !(has_tangent(input) || has_tangent(weight.value_or(Tensor())) ||
                            has_tangent(bias.value_or(Tensor())) || has_tangent(residual.value_or(Tensor()))),
       "Trying to use forward AD with bn_ext::batch_norm, which has no rule for it");
+  if (training && allow_single_value && has_single_value(input, valid)) training = false;
   const bool graph = needs_graph(input, weight, bias, residual);
   if (graph) {
-    const Keeps keeps(input, weight, bias, residual, activation_of(activation), training && virtual_batch_size > 0);
+    const Keeps keeps(input, weight, bias, residual, activation_of(activation));
     if (keeps.input) check_can_be_saved(input);
     check_can_be_saved(weight);
     if (keeps.residual) check_can_be_saved(residual);
@@ -207,30 +214,30 @@ Tensor batch_norm_autograd(const Tensor& input, const OptionalTensor& weight, co
   if (graph && (training || (has(running_mean) && has(running_var)))) {
     const OptionalTensor count = training ? counter_of(num_batches_tracked, input, momentum) : std::nullopt;
     return recorded(input, weight, bias, running_mean, running_var, count, training, momentum, eps, residual,
-                    activation, slope, training ? virtual_batch_size : 0);
+                    activation, slope, training ? virtual_batch_size : 0, valid, training ? renorm : std::nullopt);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                    residual, activation, slope, virtual_batch_size);
+                    residual, activation, slope, virtual_batch_size, valid, false, renorm);
 }
 
 void inplace_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                       const Tensor& running_mean, const Tensor& running_var, double eps, const OptionalTensor& residual,
-                      std::string_view activation, double slope) {
+                      std::string_view activation, double slope, const OptionalTensor& valid) {
   TORCH_CHECK(!needs_graph(input, weight, bias, residual),
               "batch norm with inplace=True writes into its input, which autograd would need: call it under "
               "torch.no_grad(), or with inplace=False");
   at::AutoDispatchBelowAutograd below;
-  inplace_op().call(input, weight, bias, running_mean, running_var, eps, residual, activation, slope);
+  inplace_op().call(input, weight, bias, running_mean, running_var, eps, residual, activation, slope, valid);
 }
 
 // Who has saved input for a backward of its own is to notice.
 void inplace_version(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& running_mean, const Tensor& running_var, double eps, const OptionalTensor& residual,
-                     std::string_view activation, double slope) {
+                     std::string_view activation, double slope, const OptionalTensor& valid) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    inplace_op().call(input, weight, bias, running_mean, running_var, eps, residual, activation, slope);
+    inplace_op().call(input, weight, bias, running_mean, running_var, eps, residual, activation, slope, valid);
   }
   torch::autograd::impl::bump_version(input);
 }

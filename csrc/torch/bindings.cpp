@@ -21,6 +21,7 @@
 
 namespace bn_ext {
 const char* isa_level();           // cpu_ops.cpp: the level of the CPU kernels that this process uses
+int& recomputations();             // calls.cpp
 void add_entry(PyObject* module);  // entry.cpp
 }  // namespace bn_ext
 
@@ -177,6 +178,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "What the library was compiled with: torch, cplusplus, compiler, openmp and cuda (version numbers or None), "
         "and the ISA level that it uses in this process.");
   m.def("isa_level", &bn_ext::isa_level, "ISA level of the CPU kernels in use: \"default\", \"avx2\" or \"avx512\".");
+  m.def(
+      "enter_recomputation", [] { ++bn_ext::recomputations(); },
+      "From here on training moves no running statistics in this thread.");
+  m.def("leave_recomputation", [] { --bn_ext::recomputations(); }, "Undo an enter_recomputation.");
+  m.def("recomputes", [] { return bn_ext::recomputations() > 0; }, "Whether training moves none in this thread.");
   m.def("runs_on", &bn_ext::runs_on,
         "Whether code that nvcc built for these codes (\"sm_90,compute_90\") runs on a device of this capability, "
         "10 * major + minor.",

@@ -2,7 +2,10 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
+
+#include <cmath>
 
 namespace bn_ext {
 DType dtype_of(at::ScalarType type, const char* what) {
@@ -47,6 +50,13 @@ void* mutable_data_of(const Tensor& t) {
   return t.mutable_data_ptr();
 }
 
+// Fake and functional tensors, and what has no sizes yet.
+static bool stands_for_others(const Tensor& t) {
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  return impl->has_symbolic_sizes_strides() ||
+         impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
+}
+
 // Of a composition's argument, which may also be a tensor that only stands for others (fake, functional, batched).
 static void check_composed(const Tensor& t, const Tensor& input, const char* name) {
   dtype_of(t, name);
@@ -54,9 +64,7 @@ static void check_composed(const Tensor& t, const Tensor& input, const char* nam
   TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
               input.device(), "!");
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
-  const bool stands_for =
-      impl->key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
-  if (impl->has_storage() && !t.is_meta() && !stands_for && !impl->has_symbolic_sizes_strides()) check_storage(t);
+  if (impl->has_storage() && !t.is_meta() && !stands_for_others(t)) check_storage(t);
 }
 void check_plane(const OptionalTensor& t, const Tensor& input, const char* name) {
   if (!has(t)) return;
@@ -71,12 +79,31 @@ void check_vector(const OptionalTensor& t, const Tensor& input, const char* name
   check_composed(*t, input, name);
 }
 
-void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size) {
+void check_valid(const Tensor& t, const Tensor& input) {
+  const auto size = input.sym_sizes();
+  const auto type = t.scalar_type();
+  TORCH_CHECK(t.layout() == at::kStrided && t.device() == input.device(), "Tensor on device ", t.device(),
+              " is not on the expected device ", input.device(), "!");
+  if (type == at::kBool) {
+    const bool fits = t.dim() == input.dim() - 1 && t.sym_size(0) == size[0] &&
+                      (input.dim() == 2 || (t.dim() == 2 && t.sym_size(1) == size[2]));
+    TORCH_CHECK_VALUE(fits, "mask should have the size of input, ", size, ", without its channels, but has ",
+                      t.sym_sizes());
+    return;
+  }
+  TORCH_CHECK_TYPE(c10::isIntegralType(type, false), "lengths should be integers and a mask booleans, but are ", type);
+  TORCH_CHECK_VALUE(input.dim() == 3, "lengths are for input of size (N, C, L), but that has ", size);
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.sym_size(0) == size[0], "lengths should be of size [", size[0], "], but are of ",
+                    t.sym_sizes());
+}
+
+void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size, bool renorm) {
   check_defined(saved, "saved");
   // Symbolic in a graph that is being traced, where nothing is cut.
+  const int64_t each = saved_rows(renorm);
   const c10::SymInt rows = virtual_batch_size == 0
-                               ? c10::SymInt(kSavedRows)
-                               : c10::SymInt(kSavedRows * most_virtual_batches(input.size(0), virtual_batch_size));
+                               ? c10::SymInt(each)
+                               : c10::SymInt(each * most_virtual_batches(input.size(0), virtual_batch_size));
   TORCH_CHECK(saved.is_contiguous() && saved.dim() == 2 && saved.sym_size(0) == rows &&
                   saved.sym_size(1) == input.sym_size(1) && saved.scalar_type() == statistics_options(input).dtype(),
               "saved should be batch_norm_forward's contiguous (", rows, ", ", input.sym_size(1), ") tensor, but is ",
@@ -86,6 +113,37 @@ void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch
 
 void check_virtual_batch_size(int64_t size) {
   TORCH_CHECK_VALUE(size >= 0, "virtual_batch_size should be at least 1, but is ", size);
+}
+
+Renorm renorm_of(const OptionalNumbers& numbers) {
+  Renorm r;
+  if (!numbers.has_value()) return r;
+  TORCH_CHECK_VALUE(numbers->size() == 4, "renorm should be (max_r, max_d, warmup_steps, smooth), but has ",
+                    numbers->size(), " numbers");
+  const double steps = (*numbers)[2], smooth = (*numbers)[3];
+  r.given = true;
+  r.max_r = (*numbers)[0];
+  r.max_d = (*numbers)[1];
+  TORCH_CHECK_VALUE(r.max_r >= 1, "max_r should be at least 1, but is ", r.max_r);
+  TORCH_CHECK_VALUE(r.max_d >= 0, "max_d should be at least 0, but is ", r.max_d);
+  constexpr double kMostSteps = 1ll << 53;  // which a double counts
+  TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps && steps == std::floor(steps),
+                    "warmup_steps should be a whole number from 0 to 2^53, but is ", steps);
+  TORCH_CHECK_VALUE(smooth == 0 || smooth == 1, "smooth should be 0 or 1, but is ", smooth);
+  r.warmup_steps = static_cast<int64_t>(steps);
+  r.smooth = smooth == 1;
+  return r;
+}
+
+bool has_single_value(const Tensor& input, const OptionalTensor& valid) {
+  const int64_t dim = input.dim();
+  if (dim != 2 && dim != 3) return false;
+  if (!has(valid)) return input.sym_size(0) == 1 && (dim == 2 || input.sym_size(2) == 1);
+  // One that only stands for others has no values, and a device's are not waited for.
+  if (!valid->is_cpu() || valid->layout() != at::kStrided || stands_for_others(*valid)) return false;
+  check_valid(*valid, input);
+  (void)data_of(*valid);
+  return valid->sum().item<int64_t>() == 1;
 }
 
 VirtualBatches virtual_batches(const Shape& shape, int64_t dim, int64_t size) {
@@ -98,9 +156,12 @@ VirtualBatches virtual_batches(const Shape& shape, int64_t dim, int64_t size) {
 }
 
 bool samples_lie_apart(const Tensor& input) {
-  if (input.dim() != 3 || input.is_contiguous()) return true;
+  if (input.is_contiguous()) return true;
   const Tensor output = at::empty_like(input);
-  return output.stride(0) >= output.stride(1) && output.stride(0) >= output.stride(2);
+  for (int64_t d = 1; d < output.dim(); ++d) {
+    if (output.stride(d) > output.stride(0)) return false;
+  }
+  return true;
 }
 
 static TensorRef ref(const Tensor& t, void* data) {

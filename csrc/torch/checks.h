@@ -16,6 +16,7 @@ namespace bn_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<at::ScalarType>;
+using OptionalNumbers = std::optional<at::ArrayRef<double>>;
 using Forwarded = std::tuple<Tensor, Tensor, Tensor>;          // output, saved, mask
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of input, weight, bias, residual
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;       // double backward: of grad_output, input, weight
@@ -27,10 +28,12 @@ inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalT
 struct ForwardCall {
   ForwardArgs args;
   Tensor output, saved, mask;
-  Tensor residual;  // what args have of it
-  Tensor merged;    // what args.stage is given
-  Tensor count;     // num_batches_tracked, where no kernel counts
-  Tensor counter;   // what args count in its place
+  Tensor residual;                               // what args have of it
+  Tensor merged;                                 // what args.stage is given
+  Tensor valid;                                  // what args have of it
+  Tensor count;                                  // num_batches_tracked, where no kernel counts
+  Tensor counter;                                // what args count in its place
+  Tensor renorm_mean, renorm_var, renorm_count;  // what args' renorm has of them
   bool empty = false;
   // To be called once the kernel ran: an empty batch counts too, as in nn.BatchNorm1d.
   void count_batch() const;
@@ -38,7 +41,7 @@ struct ForwardCall {
 };
 struct BackwardCall {
   BackwardArgs args;
-  Tensor grad_output;  // keeps a converted gradient alive
+  Tensor grad_output, valid;  // keep converted tensors alive
   Tensor grad_input, grad_weight, grad_bias, grad_residual;
   Tensor sums;  // what args.stage is given, or its result
   bool empty = false;
@@ -73,12 +76,18 @@ void check_defined(const Tensor& t, const char* name);
 // the size of input, or one value a channel. None passes where it may be None.
 void check_plane(const OptionalTensor& t, const Tensor& input, const char* name);
 void check_vector(const OptionalTensor& t, const Tensor& input, const char* name);
+// Lengths or a mask: types and sizes.
+void check_valid(const Tensor& t, const Tensor& input);
 // Forward's saved values.
-void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size = 0);
+void check_saved(const Tensor& saved, const Tensor& input, int64_t virtual_batch_size = 0, bool renorm = false);
 // Whether pieces of input's samples lie each in a piece of what empty_like(input) makes, as the kernels want their
 // output.
 bool samples_lie_apart(const Tensor& input);
 void check_virtual_batch_size(int64_t size);
+// The numbers of a renormalisation; a ValueError for what are none.
+Renorm renorm_of(const OptionalNumbers& numbers);
+// Whether input, or what counts of it, has one value a channel, as far as the host can see.
+bool has_single_value(const Tensor& input, const OptionalTensor& valid);
 // The virtual batches of an input of this shape; size 0: one batch. A ValueError for one that has one value a channel.
 VirtualBatches virtual_batches(const Shape& shape, int64_t dim, int64_t size);
 
@@ -95,23 +104,29 @@ int64_t mask_elements(const Tensor& input);
 // "identity", "relu", "leaky_relu", "silu" or "gelu"; anything else is a ValueError.
 Activation activation_of(std::string_view name);
 
+// How many recomputations of checkpoints this thread is in (bn_ext/recompute.py): training then moves no running
+// statistics and counts no batch.
+int& recomputations();
+
 ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                             const After& after, const OptionalTensor& moments, int64_t virtual_batch_size);
+                             const After& after, const OptionalTensor& moments, int64_t virtual_batch_size,
+                             const OptionalTensor& valid, const OptionalNumbers& renorm);
 // output is the moments.
 ForwardCall prepare_moments(const Tensor& input);
 
 // saves: for a backward. output is written where given, else a new tensor.
 ForwardCall prepare_evaluation(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                const Tensor& mean, const Tensor& var, double eps, const After& after, bool saves,
-                               const OptionalTensor& output = {});
+                               const OptionalTensor& valid, const OptionalTensor& output = {});
 
 // bias_dtype: of the bias whose gradient is wanted; none: weight's, or that of the statistics.
 BackwardCall prepare_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                               const Tensor& saved, bool training, std::array<bool, 4> output_mask,
                               OptionalType bias_dtype, const OptionalTensor& mask, const After& after,
-                              const OptionalTensor& sums = {}, int64_t virtual_batch_size = 0);
+                              const OptionalTensor& sums = {}, int64_t virtual_batch_size = 0,
+                              const OptionalTensor& valid = {}, bool renorm = false);
 BackwardCall prepare_sums(const Tensor& grad_output, const Tensor& input, const Tensor& saved,
                           const OptionalTensor& mask, const After& after);
 

@@ -64,6 +64,7 @@ Parallel parallel() {
 void advise(const Tensor& t) { advise_huge_pages(t.mutable_data_ptr(), t.nbytes()); }
 
 struct Cpu {
+  static constexpr bool kGathers = true;
   struct Guard {
     explicit Guard(const Tensor&) {}
   };

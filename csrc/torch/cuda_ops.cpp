@@ -1,6 +1,7 @@
 // CUDA kernels of the operators: device, stream, workspace, launch errors.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -12,7 +13,9 @@
 
 #include "composite.h"
 #include "cuda/architectures.h"
+#include "cuda/cut.h"
 #include "cuda/launch.h"
+#include "cuda/padded.h"
 #include "operators.h"
 
 namespace bn_ext {
@@ -38,7 +41,7 @@ template <class Args, class PlanFor, class Launch>
 void plan_and_launch(const Tensor& input, const Args& args, const PlanFor& plan_for, const Launch& launch) {
   Device device = device_figures(input.get_device());
   const auto attempt = [&] {
-    const Plan plan = plan_for(args, device);
+    const auto plan = plan_for(args, device);
     Tensor workspace;
     void* memory = nullptr;
     if (plan.workspace_bytes > 0) {
@@ -57,6 +60,25 @@ void plan_and_launch(const Tensor& input, const Args& args, const PlanFor& plan_
   C10_CUDA_CHECK(error);
 }
 
+// A padded batch: sums of what counts, then the pass that writes.
+template <class Args>
+void launch_padded(const Tensor& input, const Args& args,
+                   cudaError_t (*run)(const Args&, const Device&, void*, cudaStream_t)) {
+  const Device device = device_figures(input.get_device());
+  const Tensor workspace = at::empty({padded_bytes(args, device)}, input.options().dtype(at::kByte));
+  const auto stream = c10::cuda::getCurrentCUDAStream(input.get_device());
+  C10_CUDA_CHECK(run(args, device, workspace.mutable_data_ptr(), stream));
+}
+
+void launch_whole(const Tensor& input, const ForwardArgs& a) {
+  const auto plan_for = [](const ForwardArgs& whole, const Device& d) { return plan_forward(whole, d); };
+  a.valid ? launch_padded(input, a, padded_forward) : plan_and_launch(input, a, plan_for, cuda::forward);
+}
+void launch_whole(const Tensor& input, const BackwardArgs& a) {
+  const auto plan_for = [](const BackwardArgs& whole, const Device& d) { return plan_backward(whole, d); };
+  a.valid ? launch_padded(input, a, padded_backward) : plan_and_launch(input, a, plan_for, cuda::backward);
+}
+
 // In training without a gradient at grad_input, what flows on to the input is a backward with grad_grad_weight in the
 // place of the weight; what flows on to grad_output is made of torch's operations.
 void from_parameters(const Tensor& input, const Tensor& saved, const Arriving& arriving,
@@ -67,7 +89,7 @@ void from_parameters(const Tensor& input, const Tensor& saved, const Arriving& a
     a.weight = call.args.gg_weight;
     a.grad_weight = {};
     if (a.weight) {
-      plan_and_launch(input, a, plan_backward, backward);
+      launch_whole(input, a);
     } else {
       Tensor(call.grad_input).zero_();
     }
@@ -97,7 +119,24 @@ void from_fixed(const Tensor& input, const OptionalTensor& weight, const Tensor&
   if (wanted[2]) Tensor(call.grad_weight).copy_(grad_weight);
 }
 
+// What r and d of a renormalised batch go by, copied, as blocks would come to read what others have moved.
+std::vector<Tensor> copy_for_renorm(const ForwardCall& call, Renorm* renorm) {
+  std::vector<Tensor> copies{at::stack({call.renorm_mean.flatten(), call.renorm_var.flatten()})};
+  const Tensor& statistics = copies[0];
+  const auto row = [&](int64_t i) {
+    return VectorRef{statistics.select(0, i).mutable_data_ptr(), dtype_of(statistics, "batch_norm"), 1};
+  };
+  renorm->mean = row(0);
+  renorm->var = row(1);
+  if (renorm->batches) {
+    copies.push_back(call.renorm_count.clone());
+    renorm->batches = copies[1].const_data_ptr<int64_t>();
+  }
+  return copies;
+}
+
 struct Cuda {
+  static constexpr bool kGathers = false;
   struct Guard : c10::cuda::CUDAGuard {
     explicit Guard(const Tensor& input) : CUDAGuard(input.device()) {}
   };
@@ -106,13 +145,20 @@ struct Cuda {
       call.residual = laid_as(call.residual, call.output);
       call.args.epilogue.residual = input_ref(call.residual);
     }
+    if (!call.args.renorm) {
+      if (call.args.batches.count == 1 || call.args.valid) return launch_whole(input, call.args);
+      return plan_and_launch(input, call.args, plan_forward_cut, forward_cut);
+    }
     for (int64_t i = 0; i < call.args.batches.count; ++i) {
-      plan_and_launch(input, virtual_batch(call.args, i), plan_forward, cuda::forward);
+      ForwardArgs one = virtual_batch(call.args, i);
+      const auto copies = copy_for_renorm(call, &one.renorm);
+      launch_whole(input, one);
     }
   }
   static void backward(const Tensor& input, const BackwardCall& call) {
     const BackwardArgs& a = call.args;
-    if (a.batches.count == 1) return plan_and_launch(input, a, plan_backward, cuda::backward);
+    if (a.batches.count == 1 || a.valid) return launch_whole(input, a);
+    if (a.sums()) return plan_and_launch(input, a, plan_backward_cut, backward_cut);
     // The sums of each virtual batch, then theirs, so that nothing depends on the order in which blocks end.
     const int64_t channels = a.shape.c;
     const Tensor parts = at::empty({2, a.batches.count, channels}, input.options().dtype(at::kDouble));
@@ -125,7 +171,7 @@ struct Cuda {
       BackwardArgs one = virtual_batch(a, i);
       one.grad_weight = of_batch(a.grad_weight, 0, i);
       one.grad_bias = of_batch(a.grad_bias, 1, i);
-      plan_and_launch(input, one, plan_backward, cuda::backward);
+      launch_whole(input, one);
     }
     if (a.grad_weight) Tensor(call.grad_weight).copy_(parts[0].sum(0).view_as(call.grad_weight));
     if (a.grad_bias) Tensor(call.grad_bias).copy_(parts[1].sum(0).view_as(call.grad_bias));

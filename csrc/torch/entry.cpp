@@ -12,7 +12,7 @@ namespace {
 
 // Arguments in the order of torch.nn.functional.batch_norm; every read returns whether it is plainly what it should be.
 struct Arguments {
-  static constexpr Py_ssize_t kCount = 13, kRequired = 9;
+  static constexpr Py_ssize_t kCount = 16, kRequired = 9;
   PyObject* const* at;
   Py_ssize_t given;
 
@@ -44,13 +44,13 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
   HANDLE_TH_ERRORS
   static const auto op = handle<schema::BatchNorm>("bn_ext::batch_norm");
   const Arguments a{args, given};
-  OptionalTensor input, running_mean, running_var, weight, bias, count, residual;
+  OptionalTensor input, running_mean, running_var, weight, bias, count, residual, valid;
   double eps = 0, momentum = 0, slope = 0.01;
   if (given < Arguments::kRequired || given > Arguments::kCount) Py_RETURN_NONE;
   if (torch::jit::tracer::isTracing() || c10::impl::TorchDispatchModeTLS::any_modes_set()) Py_RETURN_NONE;
   if (!a.tensor(0, &input) || !input.has_value()) Py_RETURN_NONE;
   if (!a.tensor(1, &running_mean) || !a.tensor(2, &running_var) || !a.tensor(3, &weight) || !a.tensor(4, &bias) ||
-      !a.tensor(5, &count) || !a.tensor(9, &residual)) {
+      !a.tensor(5, &count) || !a.tensor(9, &residual) || !a.tensor(13, &valid)) {
     Py_RETURN_NONE;
   }
   const bool training = args[6] == Py_True, cumulative = args[7] == Py_None;
@@ -76,12 +76,23 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
       Py_RETURN_NONE;
     }
   }
+  if (given > 14 && args[14] != Py_False && args[14] != Py_True) Py_RETURN_NONE;
+  const bool allow_single_value = given > 14 && args[14] == Py_True;
+  std::array<double, 4> numbers{};
+  OptionalNumbers renorm;
+  if (given > 15 && args[15] != Py_None) {
+    if (!PyTuple_CheckExact(args[15]) || PyTuple_GET_SIZE(args[15]) != Py_ssize_t{numbers.size()}) Py_RETURN_NONE;
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      if (!Arguments::number(PyTuple_GET_ITEM(args[15], static_cast<Py_ssize_t>(i)), &numbers[i])) Py_RETURN_NONE;
+    }
+    renorm = numbers;
+  }
   Tensor output;
   {
     const pybind11::gil_scoped_release others_may_run;
     output = op.call(*input, weight, bias, running_mean, running_var, count, training,
                      cumulative ? std::nullopt : std::optional<double>(momentum), eps, residual, activation, slope,
-                     virtual_batch_size);
+                     virtual_batch_size, valid, allow_single_value, renorm);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -90,7 +101,8 @@ PyObject* batch_norm(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyMethodDef methods[] = {
     {"batch_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batch_norm)), METH_FASTCALL,
      "batch_norm(input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps,\n"
-     "           residual=None, activation=\"identity\", negative_slope=0.01, virtual_batch_size=0)\n\n"
+     "           residual=None, activation=\"identity\", negative_slope=0.01, virtual_batch_size=0,\n"
+     "           valid=None, allow_single_value=False, renorm=None)\n\n"
      "torch.ops.bn_ext.batch_norm, faster; None, and nothing has changed, where an argument is unusual."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -26,7 +26,7 @@ inline int64_t bits_of(const Tensor& input, const OptionalTensor& weight, const 
 }
 // What a node keeps, unpacked.
 struct Kept {
-  Tensor input, weight, saved, residual, mask;
+  Tensor input, weight, saved, residual, mask, valid;
   torch::autograd::Edge bias;    // where its gradients go; its values, which may change, are in `saved` as they were
   std::vector<int64_t> strides;  // of the output, where there is a mask
   bool training;
@@ -34,6 +34,7 @@ struct Kept {
   std::string activation;
   int64_t bits;
   int64_t virtual_batch_size;
+  bool renorm;  // forward's
 };
 
 // The gradients of input, weight, bias and residual, in this order; undefined where not wanted. With GradMode they can
