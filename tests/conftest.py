@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -75,12 +76,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Every test starts from the same seed and leaves the thread count as it was."""
+    """Every test starts from the same seed and leaves no thread count and no compiled frame behind.
+
+    torch counts how often a function was compiled, over all tests of a process, and gives up at a limit.
+    """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.FRAME_COUNTER:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

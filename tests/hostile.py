@@ -18,6 +18,7 @@ from support import LAYOUTS, normal
 
 assert bn_ext.__version__  # importing it defines the operators
 EPS, SLOPE = 1e-5, 0.1
+RENORM = [1.5, 0.5, 5.0, 1.0]
 SCHEMAS = {s.name.removeprefix("bn_ext::"): s for s in torch._C._jit_get_all_schemas() if s.name.startswith("bn_ext::")}
 PLANES = ("input", "residual", "grad_output", "grad_grad_input")
 FIXED = ("mean", "var")  # statistics that do not move
@@ -39,6 +40,8 @@ class Setting:
     seed: int = 0
     part: bool = False  # of a batch in training, by the results of a stage
     virtual: int = 0  # samples of a virtual batch in training; not with part
+    padded: bool = False  # by a mask, or lengths where there is a last dimension; not with part
+    renorm: bool = False  # in training; not with part
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -50,11 +53,22 @@ def saved_of(s: Setting, given: Arguments, wanted: Arguments) -> tuple[Tensor, T
     """What forward keeps for a backward that takes the ``wanted`` arguments: (saved, mask)."""
     mean, var = (None, None) if s.training else (given["running_mean"], given["running_var"])
     after = (given["residual"], s.activation, SLOPE) if "activation" in wanted else ()
-    vectors = (given["weight"], given["bias"], None, None, None, 0.1, EPS, mean, var)
+    renorms = s.renorm and s.training and "renorm" in wanted
+    moving = (*(given[k].clone() for k in ("running_mean", "running_var")), torch.tensor(3)) if renorms else (None,) * 3
+    vectors = (given["weight"], given["bias"], *moving, 0.1, EPS, mean, var)
     size = s.virtual if s.training and "virtual_batch_size" in wanted else 0
+    valid = valid_of(s) if "valid" in wanted else None
     return torch.ops.bn_ext.batch_norm_forward(  # type: ignore[no-any-return]
-        given["input"], *vectors, *after, virtual_batch_size=size
+        given["input"], *vectors, *after, virtual_batch_size=size, valid=valid, renorm=RENORM if renorms else None
     )[1:]
+
+
+def valid_of(s: Setting) -> Tensor | None:
+    """What counts of a padded batch, the most of it."""
+    if not s.padded:
+        return None
+    counts = (normal((s.shape[0], *s.shape[2:]), seed=s.seed) > -1.5).contiguous()
+    return counts if len(s.shape) == 2 or s.seed % 2 else counts.sum(1)
 
 
 def sane(name: str, s: Setting) -> Arguments:
@@ -75,6 +89,9 @@ def sane(name: str, s: Setting) -> Arguments:
     if "output_mask" in wanted:
         given["output_mask"] = [True] * (wanted["output_mask"].N or 0)
     given |= {"moments": None, "sums": None, "virtual_batch_size": s.virtual if s.training else 0}
+    given |= {"valid": valid_of(s), "allow_single_value": s.seed % 2 == 1}
+    renorms = s.renorm and s.training
+    given["renorm"] = renorms if "saved" in wanted else RENORM if renorms else None
     if s.part and s.training and "moments" in wanted:
         given["moments"] = torch.ops.bn_ext.batch_norm_moments(given["input"])[None]
     if s.part and s.training and "sums" in wanted:
@@ -138,6 +155,17 @@ NUMBERS: dict[str, list[Any]] = {
     "Optional[float]": ["text", [0.1], 1j, 10**400],
     "bool": ["text", [True]],
     "str": [None, 3, "tanh", "", "relu\0"],
+    "Optional[List[float]]": [
+        3.0,
+        "text",
+        [],
+        [1.5, 0.5, 5.0],
+        [0.5, 0.5, 5.0, 1.0],
+        [1.5, -0.5, 5.0, 1.0],
+        [1.5, 0.5, -5.0, 1.0],
+        [1.5, 0.5, 5.0, 2.0],
+        [float("nan")] * 4,
+    ],
     "List[bool]": [None, 3, [True], [True] * 9, ["text"] * 3, []],
     "Optional[int]": ["text", torch.int64, torch.complex64, torch.bool, torch.float8_e5m2, torch.quint8, 99, -1],
 }
@@ -203,6 +231,13 @@ OTHER_COUNTS = ("no_elements", "scalar", "one_more", "one_less", "int64", "compl
 
 def welcome(name: str, s: Setting, argument: str, how: str) -> bool:
     """Whether name computes with what spoilt makes of argument; all the rest it has to refuse."""
+    if (
+        argument == "num_batches_tracked"
+        and s.renorm
+        and s.training
+        and how in ("none", "no_elements", "one_more", "meta")
+    ):
+        return False  # the warm-up goes by it
     if how == "none" and "Optional" in str({a.name: a for a in SCHEMAS[name].arguments}[argument].type):
         if argument == "saved":
             return s.training  # the composites ask for it where they cannot compute it
@@ -214,6 +249,12 @@ def welcome(name: str, s: Setting, argument: str, how: str) -> bool:
     others = {a.name for a in SCHEMAS[name].arguments}
     if argument == "input" and others == {"input"} and how == "meta":
         return True  # nothing beside it is elsewhere
+    if argument == "valid":
+        valid = valid_of(s)
+        assert valid is not None
+        return (how == "one_dimension" and valid.dim() == 1) or (how == "bool" and valid.dtype == torch.bool)
+    if argument == "input" and s.padded and "valid" in others:
+        return False
     if argument == "input" and "grad_output" not in others and not (s.residual and "residual" in others):
         return how in ("no_rows", "one_more", "one_less")  # another batch
     if argument in ("moments", "sums"):

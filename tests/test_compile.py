@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ import bn_ext
 from support import error_of, module_for, normal
 
 pytestmark = [
-    pytest.mark.usefixtures("_fresh_compiler"),
+    pytest.mark.usefixtures("_zero_counters"),
     # torch loads its own parts through its own deprecated jit.script.
     pytest.mark.filterwarnings("ignore:`torch.jit.script"),
 ]
@@ -34,11 +34,14 @@ F64 = torch.float64
 
 
 @pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
+def _zero_counters() -> None:
     counters.clear()
-    yield
-    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("turn", range(torch._dynamo.config.recompile_limit + 1))
+def test_compilations_of_other_tests_do_not_count(turn: int) -> None:
+    """Of the suite itself: one forward in many graphs over many tests reaches torch's limit (conftest.py)."""
+    torch.compile(FUSED(turn + 1), backend="eager", fullgraph=True)(normal((4, turn + 1)))
 
 
 class Calls:

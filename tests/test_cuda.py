@@ -383,7 +383,6 @@ def test_second_device_while_the_first_is_current() -> None:
 
 def test_torch_compile_with_the_default_backend() -> None:
     pytest.importorskip("triton")
-    torch._dynamo.reset()
     net = nn.Sequential(nn.Linear(16, 64), bn_ext.FusedBatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).to(GPU)
     twin = copy.deepcopy(net)
     compiled = torch.compile(net, fullgraph=True)

@@ -224,9 +224,35 @@ def frozen(device: str) -> Any:
     return found
 
 
+def checkpointed(device: str) -> Any:
+    """Layers in checkpoints that keep statistics, under what replicates and shards, and without."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(device).type, (WORLD,))
+
+    def blocks(model: nn.Sequential, wrap: bool) -> nn.Sequential:
+        parts = [nn.Sequential(*model[:3]), nn.Sequential(*model[3:])]
+        return nn.Sequential(*(checkpoint_wrapper(p, context_fn=bn_ext.keep_statistics) if wrap else p for p in parts))
+
+    def shard(model: nn.Sequential) -> nn.Module:
+        for block in model:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    found = {}
+    for cls in KINDS:
+        for around in (nn.parallel.DistributedDataParallel, shard):
+            states = [train(around(blocks(network(cls, device), wrap)), device) for wrap in (False, True)]
+            found[f"{cls.__name__} {around.__name__}"] = states
+    return found
+
+
 # Two processes share the one device there may be, through gloo, which scatters and gathers in a CPU's memory alone.
 ANYWHERE = (data_parallel, data_parallel_own_buffers, data_parallel_compiled, synchronised)
-ON_CPU = (fully_sharded, fully_sharded_mixed, distributed_tensors, fused, converted_after_sharding, frozen)
+ON_CPU = (
+    fully_sharded, fully_sharded_mixed, distributed_tensors, fused, converted_after_sharding, frozen, checkpointed,
+)  # fmt: skip
 
 
 def work(rank: int, folder: str, device: str) -> None:
@@ -324,6 +350,15 @@ def test_frozen_batch_norms_in_groups() -> None:
         assert len(found) == 8
         for case, result in found.items():
             assert result == ([False, False, True, True], [], True), case
+
+
+def test_checkpoints_in_groups() -> None:
+    for found in results_of(checkpointed, "cpu"):
+        assert len(found) == 4
+        for case, (plain, through) in found.items():
+            strip = [{k.replace("_checkpoint_wrapped_module.", ""): v for k, v in s.items()} for s in (plain, through)]
+            torch.testing.assert_close(*strip, rtol=0, atol=0, msg=lambda m, c=case: f"{c}: {m}")
+            assert sum("num_batches_tracked" in name and int(value) == 3 for name, value in strip[1].items()) == 2
 
 
 def test_sync_batch_norm_takes_over(device: str) -> None:

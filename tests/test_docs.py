@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 import bn_ext
 from processes import PACKAGE, ROOT, run
@@ -72,7 +71,6 @@ def test_code_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
-    torch._dynamo.reset()
     spec.loader.exec_module(module)
 
 

@@ -110,7 +110,7 @@ def test_what_instances_and_classes_have(device: str) -> None:
     ours, native = (module_for(cls, 5, device) for cls in CLASSES)
     assert vars(ours).keys() - vars(native).keys() == {"__module__"} and vars(native).keys() <= vars(ours).keys()
     assert not set(dir(native)) - set(dir(ours))
-    features = {"virtual_batch_size"}
+    features = {"virtual_batch_size", "allow_single_value"}
     assert {name for name in set(dir(ours)) - set(dir(native)) if not name.startswith("_")} == features
     for name in ("__constants__", "_version", "__setstate__", "_get_name", "_load_from_state_dict", "_check_input_dim"):
         mine, theirs = getattr(ours, name), getattr(native, name)

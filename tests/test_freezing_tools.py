@@ -163,7 +163,6 @@ def test_a_traced_program_evaluates_for_good(kind: type[nn.BatchNorm1d]) -> None
 @pytest.mark.parametrize("late", [False, True], ids=["frozen_before", "frozen_after"])
 @ours_and_native
 def test_a_compiled_model_evaluates_in_one_graph(kind: type[nn.BatchNorm1d], late: bool) -> None:
-    torch._dynamo.reset()
     model, x = network(kind), normal((8, 6))
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     if late:

@@ -211,7 +211,6 @@ def test_opcheck_in_place(device: str, activation: str) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_in_one_graph(device: str, activation: str | None, training: bool) -> None:
-    torch._dynamo.reset()
     eager = act_module_for(4, device, activation, SLOPE).train(training)
     traced = copy.deepcopy(eager)
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")

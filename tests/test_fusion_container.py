@@ -94,7 +94,9 @@ def test_constructor() -> None:
     for gone in ("activation", "negative_slope", "inplace", "residual"):
         assert error_of(lambda g=gone: bn_ext.FusedBatchNorm1d(C, **{g: None}))[0] is TypeError
         assert not hasattr(bn_ext.FusedBatchNorm1d(C), gone)
-    assert list(inspect.signature(bn_ext.FusedBatchNorm1d.forward).parameters) == ["self", "input"]
+    assert list(inspect.signature(bn_ext.FusedBatchNorm1d.forward).parameters) == [
+        "self", "input", "lengths", "mask",
+    ]  # fmt: skip
 
 
 def test_without_an_activation_the_sum_is_one_pass() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from typing import Any
@@ -56,6 +57,36 @@ def test_reasons_and_places() -> None:
     lines = [int(entry.where.rpartition(":")[2]) for entry in report[:-1]]
     assert lines == sorted(lines) and all("Reasons.forward, test_fusion_convert.py" in e.where for e in report[:-1])
     assert_same(mine, native)
+
+
+class Keywords(nn.Module):
+    """Calls that give more than the input by place, each on a line of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(bn_ext.FusedBatchNorm1d(C) for _ in range(5))
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        x = self.act(self.bns[0](x, lengths=lengths))
+        x = F.relu(self.bns[1](input=x))
+        x = F.silu(self.bns[2](x, mask=mask) + x)
+        options = {"lengths": lengths}
+        x = F.relu(self.bns[3](x, **options))
+        return F.relu(self.bns[4](x))
+
+
+def test_calls_with_keywords_are_found() -> None:
+    model = Keywords()
+    x, lengths = normal((3, C, 5)), torch.tensor([2, 5, 1])
+    arguments = x, lengths, torch.arange(5) < lengths[:, None]
+    native = copy.deepcopy(model)
+    *report, last = bn_ext.fusion_report(bn_ext.convert(model, fuse=True))
+    assert last.fused and [entry.name for entry in report] == [f"bns.{i}" for i in range(4)]
+    for entry in report:
+        assert entry.computes == "batch norm" and "by keyword" in entry.reason, entry
+        assert "Keywords.forward, test_fusion_convert.py:" in entry.where
+    torch.testing.assert_close(model(*arguments), native(*arguments))
 
 
 def test_log_and_no_fusion_unless_asked(caplog: pytest.LogCaptureFixture) -> None:

@@ -395,7 +395,6 @@ def test_the_same_through(name: str, tool: str) -> None:
 @pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n][1]])
 def test_compiled_training(name: str) -> None:
     native, _, fused = make(name)
-    torch._dynamo.reset()
     right = results(native, data(), (True,))
     torch._dynamo.reset()
     graphs = torch.compile(fused, backend="aot_eager")

@@ -22,6 +22,10 @@ SETTINGS = {
     "evaluation": Setting(training=False, shape=(4, 5, 3), activation="silu"),
     "part": Setting(part=True, activation="silu"),
     "cut": Setting(virtual=2, activation="gelu", shape=(7, 5, 3)),
+    "lengths": Setting(padded=True, activation="silu", shape=(7, 5, 3)),
+    "mask": Setting(padded=True, training=False, shape=(7, 5)),
+    "renorm": Setting(renorm=True, activation="leaky_relu", seed=1),
+    "renorm cut": Setting(renorm=True, virtual=2, padded=True, activation="silu", shape=(7, 5, 3)),
     "narrow": Setting(dtype=torch.bfloat16, vector_dtype=torch.float32, activation="identity", layout="permuted"),
 }
 ARGUMENTS = [(name, a.name) for name, schema in sorted(SCHEMAS.items()) for a in schema.arguments]

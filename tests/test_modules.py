@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,31 @@ def test_state_and_repr_as_native(options: dict[str, Any]) -> None:
     assert [k for k, _ in ours.named_buffers()] == [k for k, _ in native.named_buffers()]
 
 
-def test_constructor_signature_is_natives() -> None:
-    assert inspect.signature(bn_ext.FusedBatchNorm1d) == inspect.signature(nn.BatchNorm1d)
-    assert inspect.signature(bn_ext.LazyFusedBatchNorm1d) == inspect.signature(nn.LazyBatchNorm1d)
+@pytest.mark.parametrize(("ours", "native"), [
+    (bn_ext.FusedBatchNorm1d, nn.BatchNorm1d), (bn_ext.LazyFusedBatchNorm1d, nn.LazyBatchNorm1d),
+])  # fmt: skip
+def test_constructor_signature_is_natives_and_two_options(ours: Any, native: Any) -> None:
+    found, expected = inspect.signature(ours).parameters, inspect.signature(native).parameters
+    options = [p for name, p in found.items() if name not in expected]
+    assert [p for name, p in found.items() if name in expected] == list(expected.values())
+    assert [(p.name, p.default) for p in options] == [("virtual_batch_size", None), ("allow_single_value", False)]
+    assert all(p.kind is p.KEYWORD_ONLY for p in options)
+    # What is built by its signature, as configurations are, and shown by it.
+    given = {"num_features": 3, "eps": 0.25, "virtual_batch_size": 8, "allow_single_value": True}
+    module = ours(**{name: value for name, value in given.items() if name in found})
+    assert {name: getattr(module, name) for name in ("virtual_batch_size", "allow_single_value", "eps")} == {
+        name: given[name] for name in ("virtual_batch_size", "allow_single_value", "eps")
+    }
+    assert "virtual_batch_size=None, allow_single_value=False" in pydoc.render_doc(ours, renderer=pydoc.plaintext)
+
+
+def test_a_subclass_passes_options_on() -> None:
+    class Mine(bn_ext.FusedBatchNorm1d):
+        def __init__(self, channels: int, **options: Any) -> None:
+            super().__init__(channels, **options)
+
+    assert Mine(3, virtual_batch_size=4).virtual_batch_size == 4
+    assert list(inspect.signature(Mine).parameters) == ["channels", "options"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)

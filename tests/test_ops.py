@@ -247,14 +247,6 @@ def test_operators_refuse_shapes_that_do_not_fit(device: str) -> None:
 # ---- torch.compile ----
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False, "track_running_stats": False}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compile_fullgraph(device: str, shape: tuple[int, ...], options: dict[str, Any]) -> None:
@@ -277,7 +269,6 @@ def test_compile_fullgraph(device: str, shape: tuple[int, ...], options: dict[st
             assert torch.equal(mine.grad, theirs.grad)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_keeps_up_with_changing_batch_sizes(device: str) -> None:
     module = module_for(bn_ext.FusedBatchNorm1d, 4, device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -70,6 +70,37 @@ def test_whoever_hooks_the_batch_norm_sees_every_chunk() -> None:
     assert seen == [8, 8, 8]
 
 
+@pytest.mark.parametrize("watch", ["hook", "func", "global hook"])
+def test_a_last_chunk_of_one_row_joins_for_whoever_watches_too(watch: str) -> None:
+    x = normal((9, C), torch.float64)
+    ours, plain = bn_ext.convert(gbn(2)), bn_ext.convert(gbn(2))
+    expected = plain(x)
+    if watch == "func":
+        found, handle = torch.func.vjp(ours, x)[0], None
+    else:
+        seen = []
+        register = ours.bn.register_forward_hook if watch == "hook" else nn.modules.module.register_module_forward_hook
+        handle = register(lambda module, args, output: seen.append(args[0].shape[0]) if module is ours.bn else None)
+        try:
+            found = ours(x)
+        finally:
+            handle.remove()
+        assert seen == [2, 2, 2, 3]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(list(ours.buffers()), list(plain.buffers()))
+
+
+def test_a_forward_that_only_looks_alike_keeps_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        chunks = x.chunk(int(np.ceil(x.shape[0] / self.virtual_batch_size)), 0)
+        res = [self.bn(2 * x_) for x_ in chunks]
+        return torch.cat(res, dim=0)
+
+    np = pytest.importorskip("numpy")
+    monkeypatch.setattr(network.GBN, "forward", forward)
+    assert type(bn_ext.convert(gbn())) is network.GBN
+
+
 def test_what_is_changed_later_counts() -> None:
     x = normal((24, C), torch.float64)
     ours, loop = bn_ext.convert(gbn()), gbn()

@@ -220,8 +220,12 @@ def test_any_cut_is_the_loop(n: int, size: int, length: int | None, permuted: bo
             ours(x)
         assert str(caught.value) == str(error)
         return
-    assert torch.equal(ours(x), expected)
-    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), loop.buffers(), strict=True))
+    if permuted:  # pieces of such memory are walked in another order than a copy
+        torch.testing.assert_close(ours(x), expected)
+        torch.testing.assert_close(list(ours.buffers()), list(loop.buffers()))
+    else:
+        assert torch.equal(ours(x), expected)
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), loop.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -302,7 +306,7 @@ def test_a_scripted_module_is_torchs_whole_batch() -> None:
 def test_a_module_keeps_its_size() -> None:
     norm = norm_of(6)
     assert repr(norm).endswith("virtual_batch_size=6)")
-    assert "virtual" not in repr(norm_of(None)) and "virtual_batch_size" not in vars(norm_of(None))
+    assert "virtual" not in repr(norm_of(None)) and "_virtual_batch_size" not in vars(norm_of(None))
     for other in (
         copy.deepcopy(norm),
         pickle.loads(pickle.dumps(norm)),

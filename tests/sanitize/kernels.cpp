@@ -195,7 +195,7 @@ Call random_call() {
   c.grad_weight = Vector(c.shape.c, any_type(), false), c.grad_bias = Vector(c.shape.c, any_type(), false);
   c.gg_weight = Vector(c.shape.c, any_type(), false);
   c.virtual_batch = 1 + below(c.shape.n);
-  const int64_t rows = kSavedRows * most_virtual_batches(c.shape.n, c.virtual_batch);
+  const int64_t rows = saved_rows(true) * most_virtual_batches(c.shape.n, c.virtual_batch);
   c.saved = Memory(rows * c.shape.c * element_bytes(accumulate_type(c.type)), 0);
   c.mask = Memory(mask_bytes(c.shape.numel(), kCpuMaskElements), 0);
   c.moments = Memory(2 * kMomentRows * c.shape.c * sizeof(double), 0);
@@ -250,6 +250,16 @@ void run_cut(Call* c, ForwardArgs forward, BackwardArgs backward, const cpu::Ker
   kernels.backward(backward, parallel);
 }
 
+// Training of a renormalised batch, whole and cut.
+void run_renormalised(Call* c, ForwardArgs forward, BackwardArgs backward, const cpu::Kernels& kernels,
+                      const Parallel& parallel) {
+  forward.training = backward.training = backward.by_renorm = true;
+  forward.renorm = {true, c->mean.ref, c->var.ref, &c->batches, 1.5, 0.5, 4, c->cumulative};
+  kernels.forward(forward, parallel);
+  kernels.backward(backward, parallel);
+  run_cut(c, forward, backward, kernels, parallel);
+}
+
 void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   settle(c);
   constexpr double kEps = 1e-5;
@@ -299,6 +309,7 @@ void run(Call* c, const cpu::Kernels& kernels, const Parallel& parallel) {
   run_in_stages(c, forward, backward, kernels, parallel);
   forward.epilogue.mask = backward.epilogue.mask = nullptr;
   run_cut(c, forward, backward, kernels, parallel);
+  run_renormalised(c, forward, backward, kernels, parallel);
 }
 
 bool same(const Call& a, const Call& b) {
