@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+import nvcc
+from nvcc import FAMILIES
 from processes import SECTIONS
 from simt.bridge import without_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "build" / "cuda"
-# PTX of a generation and the machine code made from it.
-FAMILIES = {75: (75,), 80: (80, 86, 89), 90: (90,), 100: (100, 120)}
 ARCHS = tuple(arch for family in FAMILIES.values() for arch in family)
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-GLUE = [ROOT / "csrc" / "cuda" / "launch.cpp", ROOT / "csrc" / "torch" / "cuda_ops.cpp"]
+GLUE = [ROOT / "csrc" / name for name in ("cuda/cut.cpp", "cuda/launch.cpp", "cuda/padded.cpp", "torch/cuda_ops.cpp")]
 TOY = ROOT / "tests" / "simt" / "toy.cu"
 # Kernels that may spill or use a stack, as (part of the name, why). None needs to.
 EXCEPTIONS: tuple[tuple[str, str], ...] = ()
 NONE_YET = pytest.param(None, marks=pytest.mark.skip(reason="there are no CUDA sources in csrc/cuda"))
-# One release of the compiler as packages, for machines without a toolkit.
-PACKAGES = (
-    *("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88"),
-    *("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cccl==13.0.85"),
-)
 
 
 @dataclass(frozen=True)
@@ -55,36 +47,9 @@ class Compiled:
     ptx: dict[int, str] = field(default_factory=dict)  # by family
 
 
-def _toolkit_from_packages() -> Path | None:
-    target = CACHE / "toolkit"
-    home = target / "nvidia" / "cu13"
-    if not (home / "bin" / "nvcc").exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), *PACKAGES]
-        try:
-            subprocess.run(command, capture_output=True, check=True, timeout=240)
-        except (OSError, subprocess.SubprocessError):
-            return None
-    return home if (home / "bin" / "nvcc").exists() else None
-
-
-def _find_toolkit() -> Path | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if path := shutil.which("nvcc"):
-        said = subprocess.run([path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-        top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)  # nvcc on PATH may be a script beside no toolkit
-        homes.append(top[1] if top else None)
-    for home in (*homes, "/usr/local/cuda"):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return Path(home).resolve()
-    return _toolkit_from_packages()
-
-
 @pytest.fixture(scope="session")
 def toolkit() -> Path:
-    home = _find_toolkit()
-    if home is None:
-        pytest.skip("no nvcc on this machine, and its packages could not be installed")
-    return home
+    return nvcc.toolkit_or_skip()
 
 
 def parse_report(text: str) -> list[Usage]:
@@ -105,37 +70,37 @@ def parse_report(text: str) -> list[Usage]:
     return found
 
 
-def compile_source(home: Path, source: Path, archs: tuple[int, ...] = ARCHS) -> Compiled:
-    """Compile for all architectures in one call; the report and the PTX are kept until a source or nvcc changes."""
+def assemble(home: Path, ptx: Path, arch: int) -> str:
+    """What ptxas says of PTX on an architecture, kept beside it."""
+    report = ptx.parent / f"ptxas_{arch}.txt"
+    with FileLock(ptx.parent / f"ptxas_{arch}.lock"):
+        if not report.exists():
+            code = ptx.parent / f"{arch}.cubin"
+            command = [home / "bin" / "ptxas", "-v", "-m64", "--warning-as-error", f"--gpu-name=sm_{arch}", ptx]
+            command += ["-o", code]
+            said = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+            code.unlink(missing_ok=True)
+            if said.returncode != 0:
+                raise AssertionError(f"ptxas refuses {ptx.name} of {ptx.parent.name}:\n{said.stderr[-6000:]}")
+            report.write_text(said.stdout + said.stderr)
+    return report.read_text()
+
+
+def compile_sources(home: Path, sources: list[Path], archs: tuple[int, ...] = ARCHS) -> dict[Path, Compiled]:
+    """Compile each to PTX, which tests/ptx runs too, and that for all architectures, as nvcc itself does."""
     families = {f: wanted for f, all_of in FAMILIES.items() if (wanted := [a for a in all_of if a in archs])}
-    nvcc = home / "bin" / "nvcc"
-    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
-    headers = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".inc"))
-    digest = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
-    for path in (source, *headers):
-        digest.update(path.read_bytes())
-    digest.update(repr((flags, archs)).encode())
-    folder = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}"
-    report = folder / "report.txt"
-    if not report.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        targets = [
-            f"-gencode=arch=compute_{f},code=[{','.join([f'compute_{f}', *(f'sm_{a}' for a in wanted)])}]"
-            for f, wanted in families.items()
-        ]
-        command = [nvcc, "-c", source, "-o", folder / "out.o", *flags, *targets, "-Xptxas=-v", "--keep"]
-        command += [f"--keep-dir={folder}", "-Werror=all-warnings"]
-        said = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
-        if said.returncode != 0:
-            raise AssertionError(f"nvcc refuses {source.name}:\n{said.stdout[-3000:]}{said.stderr[-6000:]}")
-        for path in folder.iterdir():
-            if path.suffix != ".ptx":
-                path.unlink()
-        report.write_text(said.stdout + said.stderr)
-    pattern = "*compute_{}.ptx" if len(families) > 1 else "*.ptx"  # nvcc names the file of a single one without it
-    ptx = {f: next(folder.glob(pattern.format(f))).read_text() for f in families}
-    return Compiled(parse_report(report.read_text()), ptx)
+    folders = nvcc.compile_all(home, sources, tuple(families))
+    jobs = [(s, folders[s] / f"{f}.ptx", a) for s in sources for f, wanted in families.items() for a in wanted]
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda job: assemble(home, *job[1:]), jobs))
+    results = {s: Compiled(ptx={f: (folders[s] / f"{f}.ptx").read_text() for f in families}) for s in sources}
+    for (source, *_), report in zip(jobs, reports, strict=True):
+        results[source].usages += parse_report(report)
+    return results
+
+
+def compile_source(home: Path, source: Path, archs: tuple[int, ...] = ARCHS) -> Compiled:
+    return compile_sources(home, [source], archs)[source]
 
 
 def spills(usages: list[Usage]) -> list[Usage]:
@@ -155,8 +120,7 @@ def vector_accesses(ptx: str) -> tuple[int, int]:
 def compiled(toolkit: Path, request: pytest.FixtureRequest) -> dict[Path, Compiled]:
     if not SOURCES:
         pytest.skip("there are no CUDA sources in csrc/cuda")
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(SOURCES, pool.map(lambda s: compile_source(toolkit, s), SOURCES), strict=True))
+    results = compile_sources(toolkit, SOURCES)
     table = register_table([u for c in results.values() for u in c.usages])
     request.config.stash[SECTIONS].append(("registers a thread, by ptxas", table))
     return results
@@ -221,7 +185,7 @@ def test_what_may_write_in_place_loads_coherently(compiled: dict[Path, Compiled]
     for arch, ptx in compiled[source].ptx.items():
         bodies = re.findall(r"\.entry (\S+?)\((.*?)\n}", ptx, re.S)
         in_place = [body for name, body in bodies if "ActivatedEvaluation" in name]
-        assert len(in_place) == 4 and all("st.global" in body for body in in_place)
+        assert len(in_place) == 8 and all("st.global" in body for body in in_place)
         assert not any(".nc" in body for body in in_place), f"compute_{arch}"
         assert any("ld.global.nc" in body for _, body in bodies)
 

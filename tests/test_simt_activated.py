@@ -11,7 +11,8 @@ import torch
 
 from reference import assert_within
 from reference_activated import SLOPE, Activated, activated
-from simt.operators import ACTIVATIONS, DTYPES, Inputs, Pass, Result, plan_of
+from simt.calls import ACTIVATIONS, DTYPES, Inputs, Pass, Result
+from simt.operators import plan_of
 from simt_support import BACKWARD, FORWARD, INFERENCE, MODELS, REGIMES, WALKS, make, run, smallest
 from support import LAYOUTS, name_of, normal
 

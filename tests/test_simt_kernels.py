@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from simt.operators import DTYPES, Pass, broken
+from simt.backend import backend
+from simt.calls import DTYPES, Pass
+from simt.operators import broken
 from simt_support import (
     A100,
     BACKWARD,
@@ -220,6 +222,8 @@ def test_strides_that_reach_beyond_32_bits() -> None:
 
 def test_a_removed_barrier_shows() -> None:
     """Without one of its barriers the kernel gives wrong results under some schedule."""
+    if backend().architecture:
+        pytest.skip("g++ builds this one; test_ptx_faults.py plants PTX's")
     library = broken("    __syncthreads();  // the threads' partial results are written\n")
     inputs = make((256, 72))
     wrong = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reference import acc_eps, assert_within, moments, per_channel, reduce_dims
-from simt.operators import ACTIVATIONS, DTYPES, Inputs, Pass, Result
+from simt.calls import ACTIVATIONS, DTYPES, Inputs, Pass, Result
 from simt_support import (
     BACKWARD,
     FORWARD,

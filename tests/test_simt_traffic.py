@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from simt.operators import DTYPES, EXCHANGES, Inputs, Pass, Result, exchange_of, library, plan_of, walk_of
+from simt.calls import DTYPES, EXCHANGES, Inputs, Pass, Result, exchange_of, walk_of
+from simt.operators import library, plan_of
 from simt_support import (
     BACKWARD,
     DOUBLE_BACKWARD,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reference import GRAD_PARAM_BOUND, MEAN_BOUND, OUTPUT_BOUND, moments, per_channel
-from simt.operators import DTYPES, Inputs, Pass, Result
+from simt.calls import DTYPES, Inputs, Pass, Result
 from simt_support import (
     BACKWARD,
     FORWARD,

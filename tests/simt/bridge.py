@@ -22,13 +22,18 @@ from filelock import FileLock
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "simt"
-RUNTIME = [HERE / name for name in ("fibers.cpp", "scheduler.cpp", "threads.cpp", "traffic.cpp", "device_model.cpp")]
-FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-ipa-icf"),
-    # a fault in a kernel is a trap, which the runtime turns into an error
-    *("-fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero", "-fsanitize-undefined-trap-on-error"),
+RUNTIME = [HERE / name for name in ("fibers.cpp", "scheduler.cpp", "threads.cpp", "signals.cpp")]
+SHARED = [HERE / name for name in ("memory.cpp", "traffic.cpp", "device_model.cpp")]  # with tests/ptx
+COMMON = [
+    *("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-ipa-icf"),
     *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-attributes"),
     *("-DBN_EXT_SIMT", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}"),
+]
+FLAGS = [
+    *COMMON,
+    "-O1",
+    # a fault in a kernel is a trap, which the runtime turns into an error
+    *("-fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero", "-fsanitize-undefined-trap-on-error"),
 ]
 
 
@@ -36,7 +41,7 @@ class LaunchError(AssertionError):
     """A launch that ended in an error, with the runtime's report."""
 
 
-def _digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -76,28 +81,33 @@ def cache() -> Iterator[None]:
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Library:
     """Compile .cu and .cpp files with g++ and link them with the runtime; unchanged ones come from build/simt."""
     with cache():
-        return Library(_built(name, sources, flags))
+        objects = compiled([*RUNTIME, *SHARED, *sources], [*FLAGS, *flags])
+        return Library(linked(name, objects))
 
 
-def _built(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+def compiled(sources: Sequence[Path], flags: Sequence[str], headers: Sequence[Path] = ()) -> list[Path]:
+    """The objects of sources; unchanged ones come from build/simt. Within `cache`. headers: of the sources alone."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    every = [*FLAGS, *flags]
-    common = [version, *every, *(p.read_bytes() for p in _headers())]
+    common = [version, *flags, *(p.read_bytes() for p in (*_headers(), *headers))]
 
     def compile_one(source: Path) -> Path:
-        target = CACHE / f"{source.stem}-{_digest(*common, str(source), source.read_bytes())}.o"
+        target = CACHE / f"{source.stem}-{digest(*common, str(source), source.read_bytes())}.o"
         if not target.exists():
             part = target.with_suffix(f".{os.getpid()}.part")
-            _run([compiler(), *every, "-x", "c++", "-c", source, "-o", part])
+            _run([compiler(), *flags, "-x", "c++", "-c", source, "-o", part])
             part.replace(target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*RUNTIME, *sources]))
-    library = CACHE / f"{name}-{_digest(*(o.name for o in objects))}.so"
+        return list(pool.map(compile_one, sources))
+
+
+def linked(name: str, objects: Sequence[Path], *options: str) -> Path:
+    """A library of objects, whose names tell their contents. Within `cache`."""
+    library = CACHE / f"{name}-{digest(*map(str, objects), *options)}.so"
     if not library.exists():
         part = library.with_suffix(f".{os.getpid()}.part")
-        _run([compiler(), "-shared", "-Wl,-z,defs", *objects, "-o", part, "-ldl"])
+        _run([compiler(), "-shared", "-Wl,-z,defs", *options, *objects, "-o", part, "-ldl"])
         part.replace(library)
     return library
 
@@ -110,6 +120,7 @@ class Library:
         self.functions = ctypes.CDLL(str(path))
         self._bind("simt_alloc", ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_size_t] * 2, *[ctypes.c_int] * 2)
         self._bind("simt_free", None, ctypes.c_void_p)
+        self._bind("simt_filled", None, ctypes.c_void_p, ctypes.c_int)
         self._bind("simt_error", ctypes.c_char_p)
         self._bind("simt_report", ctypes.c_char_p)
         self._bind("simt_reset", None)
@@ -149,6 +160,9 @@ class Library:
     def _offset(self, name: str) -> int:
         return next(at for at, symbol in self._symbols.items() if symbol == name)
 
+    def _settle(self) -> None:
+        """The model is set: what a machine for some devices only makes of it."""
+
     @contextmanager
     def session(self, device: str = "H200", seed: int = 0, **model: int) -> Iterator[Session]:
         """A fresh device model, schedule and memory; keywords change figures of the model, e.g. sms=4."""
@@ -157,6 +171,7 @@ class Library:
         for key, value in model.items():
             if not self.functions.simt_set(key.encode(), value):
                 raise ValueError(f"the device model has no {key}")
+        self._settle()
         self.functions.simt_seed(seed)
         self.functions.simt_reset()
         session = Session(self)
@@ -210,7 +225,15 @@ class Session:
     def tensor(self, name: str, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """A guarded copy of a CPU tensor with its strides; options as of `empty`."""
         copy = self.empty(name, value.shape, value.dtype, value.stride(), **options)
+        self.filled(name)
         return copy.copy_(value) if value.numel() else copy
+
+    def filled(self, name: str, *, constant: bool = False) -> None:
+        """All of a tensor has its value from here, as machines that look for what nobody wrote must be told.
+
+        constant: no kernel writes it.
+        """
+        self._functions.simt_filled(self._owned[name], constant)
 
     def run(self, launcher: Callable[..., int] | str, *arguments: Any) -> list[dict[str, Any]]:
         """Call an extern "C" launcher; return its launches. Raises LaunchError with the runtime's report.

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <map>
 
-#include "runtime.h"
+#include "records.h"
 
 namespace simt {
 namespace {
@@ -274,8 +274,7 @@ const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(erro
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  memset(pointer, value, bytes);
-  return cudaSuccess;
+  return simt::fill(pointer, value, bytes) ? cudaSuccess : simt::remember(cudaErrorInvalidValue);
 }
 
 // ---- what tests call ----

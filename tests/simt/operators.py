@@ -7,101 +7,18 @@ import functools
 import hashlib
 import re
 import shutil
-from dataclasses import dataclass
-from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import Backend, backend
 from .bridge import CACHE, HERE, ROOT, Library, Session, build, cache
+from .calls import ACTIVATIONS, DTYPES, VECTORS, Call, Inputs, Pass, Result
 
 CUDA = ROOT / "csrc" / "cuda"
-HOST = (CUDA / "plan.cpp", CUDA / "launch.cpp", HERE / "driver.cpp")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # numbered as bn_ext::DType
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu")  # numbered as bn_ext::Activation
-EXCHANGES = ("none", "cluster", "grid", "two_launches")  # numbered as bn_ext::Exchange
-
-
-class Pass(IntEnum):
-    """Numbered as bn_ext::Pass."""
-
-    FORWARD = 0
-    INFERENCE = 1
-    BACKWARD = 2
-    INFERENCE_BACKWARD = 3
-    DOUBLE_BACKWARD = 4
-
-    @property
-    def backward(self) -> bool:
-        return self >= Pass.BACKWARD
-
-    @property
-    def training(self) -> bool:
-        return self in (Pass.FORWARD, Pass.BACKWARD, Pass.DOUBLE_BACKWARD)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The tensors that the pass may read, by their names in Call."""
-        return ("x", *("dy",) * self.backward, *("gg_x",) * (self == Pass.DOUBLE_BACKWARD))
-
-    def outputs(self, wants: tuple[bool, bool, bool] = (True, True, True)) -> tuple[str, ...]:
-        """The tensors that it writes, likewise; wants as in Inputs."""
-        if not self.backward:
-            return ("y",)
-        return (*("dx",) * wants[0], *("grad_dy",) * (wants[2] and self == Pass.DOUBLE_BACKWARD))
-
-    def vectors(self, wants: tuple[bool, bool, bool] = (True, True, True)) -> tuple[str, ...]:
-        """The parameters' gradients that it writes and those that arrive at them."""
-        if not self.backward:
-            return ()
-        if self == Pass.DOUBLE_BACKWARD:
-            return (*("grad_weight",) * wants[1], "gg_weight", "gg_bias")
-        return (*("grad_weight",) * wants[1], *("grad_bias",) * wants[2])
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
-
-
-class _Vector(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("stride", ctypes.c_int64)]
-
-
-_TENSORS = ("x", "y", "dy", "dx", "gg_x", "grad_dy")
-_VECTORS = ("weight", "bias", "running_mean", "running_var", "grad_weight", "grad_bias", "gg_weight", "gg_bias")
-
-
-class Call(ctypes.Structure):
-    """The struct of the same name in tests/simt/driver.cpp."""
-
-    _fields_ = [
-        ("shape", ctypes.c_int64 * 3),
-        ("dtype", ctypes.c_int64),
-        *((name, _Tensor) for name in _TENSORS),
-        *((name, _Vector) for name in _VECTORS),
-        ("num_batches_tracked", ctypes.c_void_p),
-        ("cumulative", ctypes.c_int64),
-        ("momentum", ctypes.c_double),
-        ("eps", ctypes.c_double),
-        ("saved", ctypes.c_void_p),
-        ("residual", _Tensor),
-        ("grad_residual", _Tensor),
-        ("activation", ctypes.c_int64),
-        ("negative_slope", ctypes.c_double),
-        ("mask", ctypes.c_void_p),
-        ("training", ctypes.c_int64),
-        ("result", ctypes.c_void_p),
-        ("given", ctypes.c_void_p),
-        ("parts", ctypes.c_int64),
-    ]
-
-    def set_tensor(self, name: str, t: Tensor, pointer: int) -> None:
-        strides = (*t.stride(), 0)[:3]
-        setattr(self, name, _Tensor(pointer, (ctypes.c_int64 * 3)(*strides)))
-
-    def set_vector(self, name: str, t: Tensor, pointer: int) -> None:
-        setattr(self, name, _Vector(pointer, DTYPES.index(t.dtype), t.stride(0)))
+HOST = (CUDA / "plan.cpp", CUDA / "cut.cpp", CUDA / "launch.cpp", CUDA / "padded.cpp", HERE / "driver.cpp")
 
 
 def broken(line: str) -> Library:
@@ -116,14 +33,40 @@ def broken(line: str) -> Library:
     return build("broken", [*kernels, *HOST])
 
 
-@functools.cache
-def library(*, eager: bool = False, pooled: bool = False) -> Library:
-    """The kernels, the planner and the driver; built once a run, and only what changed.
+def library(*, eager: bool = False, pooled: bool = False, free: bool = False, most_rows: int = 0) -> Library:
+    """The kernels, the planner and the driver; built once a run, and only what changed. The kernels are the backend's.
 
     eager: the planner takes meeting of blocks to cost nothing, so that small tensors are split too. pooled: a grid's
-    partial results are always merged once for all blocks.
+    partial results are always merged once for all blocks. free: eager, and of launches too.
+    most_rows: virtual batches side by side in a launch.
     """
-    if eager or pooled:
+    return _library(backend(), eager, pooled, free, most_rows)
+
+
+@functools.cache
+def _library(on: Backend, eager: bool, pooled: bool, free: bool, most_rows: int) -> Library:
+    host, sources = host_files(eager, pooled, free, most_rows), sorted(CUDA.glob("*.cu"))
+    if on.architecture == 0:
+        return build("bn_ext", [*sources, *host])
+    import ptx  # it needs this package
+
+    return ptx.build("bn_ext", sources, host, on)
+
+
+def host_files(eager: bool, pooled: bool, free: bool, most_rows: int) -> tuple[Path, ...]:
+    """The planner, perhaps with other costs, and what stands beside the kernels."""
+    host = HOST
+    if free or most_rows:
+        pattern, value = r"\bkLaunch = [\d.e]+", "kLaunch = 0"
+        if not free:
+            pattern, value = r"\bkMostRows\b", f"int64_t{{{most_rows}}}"
+        text, found = re.subn(pattern, value, HOST[1].read_text())
+        assert found == 1, f"cut.cpp has {pattern} {found} times"
+        changed = CACHE / f"cut_{'free' if free else most_rows}.cpp"
+        with cache():
+            changed.write_text(text)
+        host = (HOST[0], changed, *HOST[2:])
+    if eager or pooled or free:
         text = HOST[0].read_text()
         for name in ("kClusterBarrier", "kGridBarrier", "kSecondBarrier", "kLowestGridRows", "kPooledPartials"):
             if name != "kPooledPartials" or pooled:
@@ -133,97 +76,8 @@ def library(*, eager: bool = False, pooled: bool = False) -> Library:
         plan = CACHE / f"plan_{'pooled' if pooled else 'eager'}.cpp"
         with cache():
             plan.write_text(text)
-        return build("bn_ext", [*sorted(CUDA.glob("*.cu")), plan, *HOST[1:]])
-    return build("bn_ext", [*sorted(CUDA.glob("*.cu")), *HOST])
-
-
-@dataclass
-class Inputs:
-    """One call's tensors and options. x and grad_output are (N, C) or (N, C, L) of any strides, vectors are (C,)."""
-
-    x: Tensor
-    grad_output: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: int | None = None
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    # grad_input, grad_weight and, the last, grad_bias or, of double backward, grad_grad_output
-    wants: tuple[bool, bool, bool] = (True, True, True)
-    # What arrives at backward's results, for double backward.
-    gg_input: Tensor | None = None
-    gg_weight: Tensor | None = None
-    gg_bias: Tensor | None = None
-    activation: str | None = None  # of ACTIVATIONS; None: the identity, and evaluation leaves nothing for a backward
-    residual: Tensor | None = None
-    negative_slope: float = 0.0
-    # Of the passes with an activation. Forward: leave a mask. Evaluation: write into x. Backward: of training or of
-    # evaluation, from which mask, and whether to a grad_residual.
-    leaves_mask: bool = False
-    in_place: bool = False
-    training: bool = True
-    mask: Tensor | None = None
-    wants_residual: bool = False
-    # Of a pass in stages: end with the reduction and give its result; begin behind it, with those of all parts.
-    ends: bool = False
-    empty: bool = False  # a part without values: no output, and x is not looked at
-    given: Tensor | None = None
-
-    @property
-    def mask_bytes(self) -> int:
-        """One for 16 bytes of the output, and 16 beyond (csrc/core/activation.h)."""
-        return -(-self.x.nbytes // 16) + 16
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
-
-
-@dataclass
-class Result:
-    """What one call left behind (None: not asked for), its plan by field, and its launches as counted."""
-
-    plan: dict[str, int]
-    launches: list[dict[str, Any]]
-    output: Tensor | None = None
-    saved: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: int | None = None
-    grad_input: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    grad_grad_output: Tensor | None = None
-    mask: Tensor | None = None
-    grad_residual: Tensor | None = None
-    stage: Tensor | None = None  # what the first of two stages gives to the second
-
-    @property
-    def regime(self) -> tuple[str, str]:
-        return walk_of(self.plan), exchange_of(self.plan)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def counted(self, buffer: str, what: str) -> int:
-        """A counter of one tensor, summed over the launches."""
-        return sum(launch["buffers"].get(buffer, {}).get(what, 0) for launch in self.launches)
-
-
-def exchange_of(plan: dict[str, int]) -> str:
-    """How blocks that share a channel meet: a name of EXCHANGES, or grid_pooled."""
-    return "grid_pooled" if plan["pooled"] else EXCHANGES[plan["exchange"]]
-
-
-def walk_of(plan: dict[str, int]) -> str:
-    """How the plan sees the tensor: planes, by_span, folded or columns."""
-    if plan["planes"]:
-        return "planes"
-    if plan["span"] > 1:
-        return "by_span"
-    return "folded" if plan["vectors"] * plan["column_step"] > plan["channels"] else "columns"
+        host = (plan, *host[1:])
+    return host
 
 
 # ---- plans ----
@@ -236,6 +90,19 @@ def _ask(lib: Library, pass_: Pass, call: Call) -> dict[str, int]:
     code = lib.functions.drive_plan(ctypes.c_int64(pass_), ctypes.byref(call), fields)
     assert code == 0, f"drive_plan returned cudaError_t {code}"
     return {name.removesuffix("()"): value for name, value in zip(names, fields, strict=True)}
+
+
+def _ask_cut(lib: Library, pass_: Pass, call: Call) -> tuple[dict[str, int], dict[str, int], int]:
+    """The plans of the earlier virtual batches, with "together", and of the last one, and the workspace of both."""
+    names = list(_ask(lib, pass_, call))
+    earlier, last = ((ctypes.c_int64 * len(names))() for _ in range(2))
+    together, size = ctypes.c_int64(), ctypes.c_int64()
+    code = lib.functions.drive_cut_plan(
+        ctypes.c_int64(pass_.backward), ctypes.byref(call), earlier, last, ctypes.byref(together), ctypes.byref(size)
+    )
+    assert code == 0, f"drive_cut_plan returned cudaError_t {code}"
+    plans = [dict(zip(names, fields, strict=True)) for fields in (earlier, last)]
+    return {**plans[0], "together": together.value}, plans[1], size.value
 
 
 def plan_of(
@@ -257,17 +124,41 @@ def plan_of(
     t = torch.empty(shape, dtype=dtype, device="meta")
     if nlc:
         t = t.transpose(-1, -2).contiguous().transpose(-1, -2)
-    vector = torch.empty(shape[1], dtype=torch.float32, device="meta")
+    lib = library() if of is None else of
+    with lib.session(device, **model):
+        return _ask(lib, pass_, _imagined(pass_, t, wants, scalar * dtype.itemsize))
+
+
+def cut_plan_of(
+    pass_: Pass,
+    shape: tuple[int, ...],
+    virtual_batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "H200",
+    of: Library | None = None,
+    **model: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """As plan_of, of virtual batches: the plan of the earlier ones, with "together", and of the last one."""
+    inputs = Inputs(torch.empty(shape, dtype=dtype, device="meta"), virtual_batch_size=virtual_batch_size)
+    call = _imagined(pass_, inputs.x)
+    call.batches, call.batch_size = inputs.batches
+    lib = library() if of is None else of
+    with lib.session(device, **model):
+        return _ask_cut(lib, pass_, call)[:2]
+
+
+def _imagined(pass_: Pass, t: Tensor, wants: tuple[bool, bool, bool] = (True, True, True), shift: int = 0) -> Call:
+    """A call of tensors none of which exist, each like t."""
+    vector = torch.empty(t.shape[1], dtype=torch.float32, device="meta")
     call = _new_call(t)
     for k, name in enumerate((*pass_.inputs, *pass_.outputs(wants))):
-        call.set_tensor(name, t, ((1 + k) << 44) + scalar * dtype.itemsize)
-    for k, name in enumerate((*_VECTORS[:4], *pass_.vectors(wants))):
+        call.set_tensor(name, t, ((1 + k) << 44) + shift)
+    for k, name in enumerate((*VECTORS[:4], *pass_.vectors(wants))):
         call.set_vector(name, vector, (8 + k) << 44)
     call.saved = None if pass_ == Pass.INFERENCE else 1 << 50
     call.training = pass_.training
-    lib = library() if of is None else of
-    with lib.session(device, **model):
-        return _ask(lib, pass_, call)
+    return call
 
 
 def _new_call(x: Tensor) -> Call:
@@ -308,6 +199,7 @@ class _Placed:
             return far.copy_(value)
         flat = self.session.empty(name, (reach + offset,), value.dtype, align=self.align, left=self.left)
         flat[offset:].copy_(value.as_strided((reach,), (1,)))
+        self.session.filled(name, constant=constant)
         if constant:
             self.inputs[name] = flat, flat.clone()
         return flat.as_strided(value.shape, value.stride(), offset)
@@ -376,7 +268,7 @@ def run(
                 tensor("grad_residual", placed.like("grad_residual", inputs.x))
         if inputs.residual is not None:
             tensor("residual", placed.put("residual", inputs.residual, constant=True))
-        for name in _VECTORS[:4]:
+        for name in VECTORS[:4]:
             value, constant = getattr(inputs, name), pass_ != Pass.FORWARD or name in ("weight", "bias")
             if value is not None and not (pass_.backward and name != "weight"):
                 vector(name, placed.put(name, value, constant=constant))
@@ -402,13 +294,24 @@ def run(
                 saved = saved_by_evaluation(inputs)
             held["saved"] = placed.put("saved", saved, constant=True)
         elif (not inputs.ends and (pass_ == Pass.FORWARD)) or (pass_ == Pass.INFERENCE and fused is not None):
-            held["saved"] = s.empty("saved", (6, inputs.x.shape[1]), inputs.statistics_dtype)
+            rows = (6 if inputs.renorm is None else 8) * inputs.batches[0]
+            held["saved"] = s.empty("saved", (rows, inputs.x.shape[1]), inputs.statistics_dtype)
         if "saved" in held:
             call.saved = held["saved"].data_ptr()
         if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
             held["count"] = s.tensor("num_batches_tracked", torch.tensor([inputs.num_batches_tracked]))
             call.num_batches_tracked = held["count"].data_ptr()
 
+        if inputs.renorm is not None:
+            call.renorms = 1
+            call.max_r, call.max_d, call.warmup_steps, call.smooth = inputs.renorm
+            for name in ("mean", "var") if pass_ == Pass.FORWARD else ():
+                value = getattr(inputs, f"running_{name}")
+                copied = placed.put(f"renorm_{name}", value, constant=True)
+                vector(f"renorm_{name}", copied)
+            if pass_ == Pass.FORWARD and inputs.num_batches_tracked is not None:
+                count = placed.put("renorm_batches", torch.tensor([inputs.num_batches_tracked]), constant=True)
+                call.renorm_batches = count.data_ptr()
         if inputs.ends:
             held["stage"] = s.empty("stage", (3 if pass_.backward else 4, inputs.x.shape[1]), torch.float64)
             call.result = held["stage"].data_ptr()
@@ -416,15 +319,31 @@ def run(
             call.given = placed.put("given", inputs.given, constant=True).data_ptr()
             call.parts = inputs.given.shape[0]
 
-        plan = _ask(lib, pass_, call)
+        if inputs.valid is not None:
+            name = "valid" if inputs.valid.dtype == torch.bool else "lengths"
+            setattr(call, name, placed.put(name, inputs.valid, constant=True).data_ptr())
+
+        kind, last = "", None
+        if inputs.batches[0] > 1:
+            call.batches, call.batch_size = inputs.batches
+            call.mask_step = inputs.mask_step
+            plan, last, size = _ask_cut(lib, pass_, call)
+            kind = "cut_"
+        else:
+            plan = _ask(lib, pass_, call)
+            size = plan["workspace_bytes"]
         workspace = None
-        if plan["workspace_bytes"] > 0:
-            workspace = s.empty("workspace", (plan["workspace_bytes"],), torch.uint8)
+        if inputs.valid is not None:
+            kind = "padded_"
+            size = lib.functions.drive_padded_bytes(ctypes.c_int64(pass_.backward), ctypes.byref(call))
+        if size > 0:
+            workspace = s.empty("workspace", (size,), torch.uint8)
             if workspace_byte is not None:
                 workspace.fill_(workspace_byte)
+                s.filled("workspace")
         launchers = (*("drive_forward",) * 2, *("drive_backward",) * 2, "drive_double_backward")
-        launcher = launchers[pass_]
-        result = Result(plan, s.run(launcher, ctypes.byref(call), workspace))
+        launcher = launchers[pass_].replace("drive_", f"drive_{kind}")
+        result = Result(plan, s.run(launcher, ctypes.byref(call), workspace), last=last)
         placed.check_constant()
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
         names |= {"grad_dy": "grad_grad_output", "grad_residual": "grad_residual", "stage": "stage"}

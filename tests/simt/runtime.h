@@ -1,34 +1,14 @@
 // The parts of the stand-in runtime as they see each other: fibers.cpp switches stacks, scheduler.cpp runs the blocks
-// of a launch, threads.cpp is what their threads call, traffic.cpp owns the guarded memory and the counters,
-// device_model.cpp answers for the device.
+// of a launch, threads.cpp is what their threads call, signals.cpp turns their faults into errors. The rest is shared
+// with tests/ptx: see records.h.
 #pragma once
 
-#include <cstdint>
-#include <deque>
-#include <map>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "cuda_runtime.h"
+#include "records.h"
 
 namespace simt {
-
-constexpr unsigned char kPoison = 0xff;  // NaN in every floating type, -1 in every integer
-
-// ---- device model ----
-struct Device {
-  const char* name;
-  long cc_major, cc_minor, sms, shared_per_sm, shared_per_block, threads_per_sm, blocks_per_sm, l2_bytes, sms_per_gpc;
-  long registers;      // a thread, of every kernel: occupancy follows from it
-  long static_shared;  // bytes a block, of every kernel: likewise
-  long cooperative = 1;
-};
-const Device& device();
-// cudaSuccess and the launch's cluster size and cooperative flag, or what CUDA would refuse it with.
-cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, unsigned* cluster, bool* cooperative);
-int blocks_per_sm(int threads, size_t dynamic_bytes);
-cudaError_t remember(cudaError_t error);
 
 // ---- threads ----
 struct Block;
@@ -60,22 +40,8 @@ struct Thread {
   int copy_group = 0;
 };
 
-// A warp's accesses from one source line to one tensor; the k-th of each lane are taken as one warp access.
-struct LineTraffic {
-  struct Access {
-    uint32_t lanes = 0, bytes = 0, sectors[32];
-  };
-  Site site;
-  int buffer;
-  bool write;
-  uint64_t first = 0;      // index of accesses.front()
-  uint64_t next[32] = {};  // by lane
-  std::deque<Access> accesses;
-};
-
-struct Warp {
-  uint32_t exist = 0, waiting = 0, done = 0;
-  std::vector<LineTraffic> lines;
+struct Warp : WarpTraffic {
+  uint32_t waiting = 0, done = 0;
 };
 
 struct Barrier {
@@ -138,31 +104,7 @@ void seed_random(uint64_t seed);
 std::string describe_thread();
 // From a signal handler, or wherever no return is possible: ends the launch with this error.
 [[noreturn]] void abandon(const std::string& message, cudaError_t error);
-
-// ---- memory and counters ----
-struct Counter {
-  uint64_t bytes = 0, accesses = 0, sectors = 0, ideal_sectors = 0;
-};
-
-struct Launch {
-  const void* kernel = nullptr;
-  dim3 grid, block;
-  unsigned cluster = 1;
-  bool cooperative = false;
-  size_t dynamic_shared = 0;
-  int blocks_per_sm = 0;
-  uint64_t grid_barriers = 0;
-  std::vector<uint64_t> block_bytes;
-  std::map<int, Counter> reads, writes;  // by buffer, -1: memory that is no buffer
-};
-
-void* allocate_guarded(const char* name, size_t bytes, size_t align, bool left, bool sparse);
-void free_guarded(void* pointer);
-void begin_launch(const Launch& launch);  // counting starts; faults are caught
-Launch& launch_record();
-void finish_block(Block& block);  // its warps' accesses are complete
-void end_launch();
-std::string first_overwritten();  // a buffer whose slack was written, "" if none
-void set_error(const std::string& message);
+void catch_faults();
+void release_faults();
 
 }  // namespace simt

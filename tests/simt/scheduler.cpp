@@ -156,7 +156,8 @@ void end_block(Block* block) {
     memcpy(block->shared.data(), shared_base, shared_bytes);
     run.loaded = nullptr;
   }
-  finish_block(*block);
+  for (Warp& warp : block->warps) finish_warp(&warp);
+  finish_block((uint64_t{block->index.z} * gridDim.y + block->index.y) * gridDim.x + block->index.x, block->bytes);
   // Other blocks of the cluster that still read here find poison.
   std::fill(block->shared.begin(), block->shared.end(), static_cast<char>(kPoison));
   if (block->dynamic != nullptr) memset(block->dynamic, kPoison, launch_record().dynamic_shared);
@@ -286,6 +287,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   failure.clear();
   failure_code = cudaSuccess;
   begin_launch(record);
+  catch_faults();
   if (sigsetjmp(escape, 1) == 0) {
     run_grid(record.cluster, record.cooperative, config.dynamicSmemBytes);
   } else {
@@ -293,6 +295,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     run.clusters.clear();
   }
   current = nullptr;
+  release_faults();
   end_launch();
   if (failure.empty() && !first_overwritten().empty()) {
     failure = "memory beside " + first_overwritten() + " was overwritten";
@@ -307,3 +310,5 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 }
 
 }  // namespace simt
+
+extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) { simt::seed_random(seed); }

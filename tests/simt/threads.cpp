@@ -160,4 +160,25 @@ void copy_async_wait(int groups_left) {
   copies.erase(copies.begin(), copies.begin() + n);
 }
 
+void touch(const void* address, int bytes, bool write, Site site) {
+  preempt(32);
+  Buffer* const b = buffer_at(address);
+  const char* verb = write ? "writes " : "reads ";
+  const auto at = [&] { return " at " + std::string(site.file) + ":" + std::to_string(site.line); };
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    fail(verb + std::to_string(bytes) + " misaligned bytes" + at());
+  if (b != nullptr) {
+    const char* p = static_cast<const char*>(address);
+    if (p < b->begin || p + bytes > b->begin + b->bytes) {
+      abandon(describe_thread() + ": " + verb + "out of bounds: " + std::to_string(bytes) + " bytes at " +
+                  place(*b, address) + at(),
+              cudaErrorIllegalAddress);
+    }
+    if (b->internal) fail(std::string(verb) + "shared memory by a helper for global memory" + at());
+  }
+  Block& block = *current->block;
+  block.bytes += bytes;
+  count_access(&block.warps[current->linear / 32], lane(), site, b, address, bytes, write);
+}
+
 }  // namespace simt

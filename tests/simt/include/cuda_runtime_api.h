@@ -52,8 +52,8 @@ struct cudaDeviceProp {
   int maxGridSize[3];
 };
 
-struct simt_stream;
-using cudaStream_t = simt_stream*;
+struct CUstream_st;  // names and layouts are CUDA's own: tests/ptx links this with what nvcc compiled
+using cudaStream_t = CUstream_st*;
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeIgnore = 0,
@@ -81,6 +81,7 @@ union cudaLaunchAttributeValue {
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
+  char pad[8 - sizeof(cudaLaunchAttributeID)];
   cudaLaunchAttributeValue val;
 };
 
