@@ -32,12 +32,16 @@ _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Part:
-    """One result file: its name behind --name, the commands whose lines it holds, and what they run under."""
+    """One result file: its name behind --name, the commands whose lines it holds, and what they run under.
+
+    With ``drawn`` the command draws its figure too, beside the file.
+    """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     preloaded: bool = False
     small_pages: bool = False
+    drawn: bool = False
 
 
 def bench(*options: str) -> tuple[tuple[str, ...], ...]:
@@ -63,6 +67,7 @@ PARTS = (
     Part("-2t-second-order", SECOND_ORDER),
     Part("-2t-second-order-tcmalloc", SECOND_ORDER, preloaded=True),
     Part("-2t-fusion", bench("--threads", "2", "--fusion")),
+    Part("-2t-kinds", bench("--threads", "2", "--kinds", "--memory", "recycled")),
     Part("-2t-fusion-tcmalloc", bench("--threads", "2", "--fusion"), preloaded=True),
     Part(
         "-2t-examples",
@@ -71,6 +76,8 @@ PARTS = (
     Part("-memory", (("memory.py",),)),
     Part("-pairing", (("pairing.py",),)),
     Part("-accuracy", (("accuracy.py",),)),
+    Part("-sequences", (("../examples/sequences.py",),)),
+    Part("-small-batches", (("../examples/small_batches.py",),), drawn=True),
 )
 FIGURE = ("-2t", "-accuracy")  # what it is drawn of
 
@@ -100,11 +107,12 @@ def measure(part: Part, target: Path, of: str) -> str | None:
             return "tcmalloc is not installed (Debian, Ubuntu: apt install libtcmalloc-minimal4)"
         environ["LD_PRELOAD"] = library
     lines = ""
+    plot = ("--plot", str(target.with_suffix(".png"))) if part.drawn else ()
     for command in part.commands:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "lines.jsonl"
             done = subprocess.run(
-                [sys.executable, str(BENCH / command[0]), *command[1:], "--json", str(out)],
+                [sys.executable, str(BENCH / command[0]), *command[1:], *plot, "--json", str(out)],
                 env=environ,
                 preexec_fn=without_huge_pages if part.small_pages else None,
                 check=False,

@@ -4,6 +4,7 @@
     python bench/bench_batchnorm.py --json results.jsonl --plot results.png
     python bench/bench_batchnorm.py --filter "65536x*" --filter float32 --modes eval
     python bench/bench_batchnorm.py --fusion --quick
+    python bench/bench_batchnorm.py --kinds --quick
     python bench/bench_batchnorm.py --device cuda --replay --seconds 120 --no-rivals
 
 bench/README.md says how to read what comes out.
@@ -31,6 +32,7 @@ with needed():
 
     import accuracy
     import fusion
+    import kinds
     import report
     from contenders import Bench, Disagreement, check_agreement
     from environment import MEMORY, facts, set_memory
@@ -206,6 +208,8 @@ def device(name: str) -> torch.device:
 def grid_of(args: argparse.Namespace) -> tuple[Point, ...]:
     if args.fusion:
         return fusion.QUICK if args.quick else fusion.POINTS
+    if args.kinds:
+        return kinds.QUICK if args.quick else kinds.POINTS
     return QUICK if args.quick else CUDA if args.device.type == "cuda" else FULL
 
 
@@ -236,10 +240,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fusion", action="store_true", help="time relu(bn(x)) and relu(bn(x) + r) instead (fusion.py)"
     )
+    parser.add_argument(
+        "--kinds", action="store_true", help="time padded and virtual batches and renorm instead (kinds.py)"
+    )
     parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: tables and plot of a result file")
     args = parser.parse_args(argv)
     args.modes = args.modes.split(",")
-    modes = DEFAULT_MODES if args.fusion else MODES
+    modes = DEFAULT_MODES if args.fusion or args.kinds else MODES
     unknown = sorted(set(args.modes) - set(modes))
     if unknown:
         parser.error(f"no such mode: {', '.join(unknown)}; there are {', '.join(modes)}")
@@ -250,8 +257,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--threads must be at least 1")
     if args.seconds is not None and args.seconds <= 0:
         parser.error("--seconds must be positive")
-    if args.fusion and args.plot:
-        parser.error("--plot draws no --fusion")
+    if args.fusion and args.kinds:
+        parser.error("--fusion and --kinds are two runs")
+    if (args.fusion or args.kinds) and args.plot:
+        parser.error(f"--plot draws no {'--fusion' if args.fusion else '--kinds'}")
     if args.replay and args.device.type != "cuda":
         parser.error("--replay needs --device cuda")
     if args.device.type == "cuda" and not args.load and not torch.cuda.is_available():
@@ -306,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
         # Before anything is measured, so that a missing package is told at once.
         import plot
     try:
+        if args.kinds:
+            return kinds.run(args, log, out, *time_to_measure(args), cpu_clock)
         if args.fusion:
             return fusion.run(args, log, out, *time_to_measure(args), cpu_clock)
         if args.load:

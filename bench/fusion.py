@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from contenders import compiled, forget_compiled
 from environment import facts, set_memory
 from grid import Point
 from report import busy
-from timing import Plan, Step, race
+from timing import Plan, Step, Times, race
 from timing_cuda import cuda_clock
 
 POINTS = (
@@ -143,18 +143,27 @@ def run(args: argparse.Namespace, log: Console, out: Console, plan: Plan, second
                 status = 1
                 log.print(f"error: {point}, {chain}, {mode}: {str(error).splitlines()[0]}", markup=False)
                 continue
-            for name, seconds in times.items():
-                record = {**shared, "shape": list(point.shape), "dtype": point.dtype, "layout": point.layout}
-                record |= {"chain": chain, "mode": mode, "contender": name, "median_us": seconds.median * 1e6}
-                record |= {"p20_us": seconds.p20 * 1e6, "p80_us": seconds.p80 * 1e6, "rounds": seconds.rounds}
-                found.append(record)
-                if stream:
-                    stream.write(json.dumps(record) + "\n")
+            found += records(shared, point, {"chain": chain, "mode": mode}, times, stream)
     for mode in args.modes:
         out.print(table([record for record in found if record["mode"] == mode], mode, contenders))
     if warning := busy(shared):
         out.print(warning, style="yellow")
     return status
+
+
+def records(
+    shared: dict[str, Any], point: Point, what: dict[str, str], times: dict[str, Times], stream: IO[str] | None
+) -> list[dict[str, Any]]:
+    """The lines of a result file for one race, `what` it was at `point`; they go to stream too."""
+    place = {"shape": list(point.shape), "dtype": point.dtype, "layout": point.layout, **what}
+    found = []
+    for name, taken in times.items():
+        record = {**shared, **place, "contender": name, "median_us": taken.median * 1e6}
+        record |= {"p20_us": taken.p20 * 1e6, "p80_us": taken.p80 * 1e6, "rounds": taken.rounds}
+        found.append(record)
+        if stream:
+            stream.write(json.dumps(record) + "\n")
+    return found
 
 
 def shortened(plan: Plan, deadline: float | None, left: int, started: float) -> Plan:

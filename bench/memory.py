@@ -1,5 +1,8 @@
 """Measure the memory of a training step: most bytes of tensors at once, with native, converted and fused batch norms.
 
+Beside these, fused ones in checkpoints, one for each block of the network, and with what backward needs offloaded by
+save_on_cpu. On a processor that changes nothing: all of it is there already.
+
     python bench/memory.py
     python bench/memory.py --json bench/results/memory.jsonl
     python bench/memory.py --device cuda
@@ -30,11 +33,13 @@ with needed():
     from rich.console import Console
     from rich.table import Table
     from torch import Tensor, nn
+    from torch.autograd.graph import save_on_cpu
     from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.utils.checkpoint import checkpoint
 
     import bn_ext
     from environment import facts
-    from networks import mlp, resnet1d
+    from networks import Residual, mlp, resnet1d
 
 # Title, how to make the network, shape of a batch.
 NETWORKS: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
@@ -42,10 +47,43 @@ NETWORKS: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
     ("10-layer ResNet, ReLU", lambda: resnet1d(16, 10), (32, 16, 1024)),
     ("10-layer ResNet, SiLU", lambda: resnet1d(16, 10, activation=nn.SiLU), (32, 16, 1024)),
 )
+
+
+class Checkpointed(nn.Module):
+    """A network in checkpoints: a layer and what follows it up to the next, or a residual block."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for layer in network.children():
+            if not self.blocks or isinstance(layer, (nn.Linear, nn.Conv1d, Residual, nn.AdaptiveAvgPool1d)):
+                self.blocks.append(nn.Sequential())
+            self.blocks[-1].append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=bn_ext.keep_statistics)
+        return x
+
+
+class Offloaded(nn.Module):
+    """A network whose backward finds what it needs in the memory of the processor."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        with save_on_cpu():
+            return self.network(x)
+
+
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "nn": lambda model: model,
     "convert": bn_ext.convert,
     "convert(fuse=True)": lambda model: bn_ext.convert(model, fuse=True),
+    "checkpointed": lambda model: bn_ext.convert(Checkpointed(model), fuse=True),
+    "offloaded": lambda model: Offloaded(bn_ext.convert(model, fuse=True)),
 }
 
 MARK = "the forward ends here"

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the extra "bench" brings, by the name of the import.
-EXTRA = {"matplotlib": "matplotlib", "numpy": "numpy", "rich": "rich", "sklearn": "scikit-learn"}
+EXTRA = {"aeon": "aeon", "matplotlib": "matplotlib", "numpy": "numpy", "rich": "rich", "sklearn": "scikit-learn"}
 
 
 def remedy(error: ImportError) -> str | None:

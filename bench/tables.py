@@ -20,6 +20,9 @@ from pathlib import Path
 from scripting import end, needed
 
 with needed():
+    import kinds
+    import trials
+    from grid import Point
     from report import Record, Row, busy, errors, geometric_mean, ratio, rows, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +50,11 @@ class Results:
 
 
 def tensor(row: Row) -> str:
-    """The tensor of a row, as a table names it: shape, then the dtype where it is not float32, then the layout."""
-    point = row.point
+    return tensor_of(row.point)
+
+
+def tensor_of(point: Point) -> str:
+    """A tensor as a table names it: shape, then the dtype where it is not float32, then the layout."""
     dtype = "" if point.dtype == "float32" else f" {point.dtype}"
     return f"({', '.join(map(str, point.shape))}){dtype}{' from (N, L, C)' if point.layout == 'nlc' else ''}"
 
@@ -185,11 +191,25 @@ def memory(results: Results) -> str:
         name = f"{record['network']}, ({', '.join(map(str, record['shape']))})"
         for when in ("after_forward", "peak"):
             found.setdefault((name, when), {})[record["kind"]] = record
+    titles = {
+        "nn": "native",
+        "convert": "converted",
+        "convert(fuse=True)": "fused",
+        "checkpointed": "fused, in checkpoints",
+    }
+    measured = [kind for kind in titles if all(kind in kinds for kinds in found.values())]
     lines = []
     for (name, when), kinds in found.items():
-        cells = [f"{kinds[kind][when] / 1e6:.1f}" for kind in ("nn", "convert", "convert(fuse=True)")]
+        cells = [f"{kinds[kind][when] / 1e6:.1f}" for kind in measured]
         lines.append([name if when == "after_forward" else "", when.replace("_", " "), *cells])
-    return markdown(["network, input", "", "native", "converted", "fused"], lines)
+    return markdown(["network, input", "", *(titles[kind] for kind in measured)], lines)
+
+
+def padded_and_virtual(results: Results) -> str:
+    """How many times longer than bn_ext what there is without its kinds of batches takes."""
+    heading, found = kinds.compared(results.records("-2t-kinds"))
+    lines = [[tensor_of(point), *head, *map(times, ratios)] for point, head, ratios in found]
+    return markdown(heading, lines)
 
 
 def pairing(results: Results) -> str:
@@ -244,6 +264,21 @@ def at_growing_means(results: Results) -> str:
     titles = {"bn_ext": "bn_ext", "nn": "nn.BatchNorm1d"}
     names = [f"({', '.join(map(str, point.shape))}): {titles[who]}" for point, who in curves]
     return markdown(["mean/std", *names], lines)
+
+
+def padding(results: Results) -> str:
+    """The accuracy in evaluation of the networks of examples/sequences.py, by the padding of the test recordings."""
+    return markdown(*trials.sequences(results.records("-sequences"), trials.EVALUATED, "change"))
+
+
+def padding_of_batch(results: Results) -> str:
+    """Likewise by the statistics of the padded test batch."""
+    return markdown(*trials.sequences(results.records("-sequences"), trials.OF_BATCH, "batch_change"))
+
+
+def small_batches(results: Results) -> str:
+    """The accuracy of each norm at each size of a batch."""
+    return markdown(*trials.small_batches(results.records("-small-batches")))
 
 
 TIMED = ("-2t", "-2t-tcmalloc", "-2t-recycled", "-1t-recycled", "-2t-second-order", "-2t-second-order-tcmalloc")
@@ -315,10 +350,14 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "fusion": fusion,
     "steps": steps,
     "memory": memory,
+    "padded_and_virtual": padded_and_virtual,
     "pairing": pairing,
     "limit": limit,
     "fresh": fresh,
     "at_growing_means": at_growing_means,
+    "padding": padding,
+    "padding_of_batch": padding_of_batch,
+    "small_batches": small_batches,
     "slower": slower,
     "files": files,
     "headline": headline,

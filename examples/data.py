@@ -1,7 +1,8 @@
-"""The two data sets of the example: scikit-learn's digits, and Fashion-MNIST from IDX files on disk.
+"""The data sets of the examples: scikit-learn's digits, Fashion-MNIST from IDX files on disk, and JapaneseVowels.
 
-Nothing is fetched from a network. The digits ship inside scikit-learn; the Fashion-MNIST files are those that Debian's
-package ``dataset-fashion-mnist`` installs, or any copy of the four original files, compressed with gzip or not.
+Nothing is fetched from a network. The digits ship inside scikit-learn, JapaneseVowels inside aeon; the Fashion-MNIST
+files are those that Debian's package ``dataset-fashion-mnist`` installs, or any copy of the four original files,
+compressed with gzip or not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gzip
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +51,29 @@ class Dataset:
     @property
     def classes(self) -> int:
         return int(self.train_y.max()) + 1
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A classification task of recordings of different lengths: (channels, length) float32 each, labels as int64."""
+
+    name: str
+    train_x: list[Tensor]
+    train_y: Tensor
+    test_x: list[Tensor]
+    test_y: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.train_x[0].size(0)
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_y.max()) + 1
+
+    @property
+    def longest(self) -> int:
+        return max(recording.size(1) for recording in (*self.train_x, *self.test_x))
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -109,6 +134,21 @@ def load_digits() -> Dataset:
     images = [torch.from_numpy(part.astype(np.float32) / 16) for part in (x_train, x_test)]
     labels = [torch.from_numpy(part.astype(np.int64)) for part in (y_train, y_test)]
     return Dataset("digits", images[0], labels[0], images[1], labels[1])
+
+
+def load_japanese_vowels() -> Sequences:
+    """JapaneseVowels: nine speakers say the same two vowels; 12 cepstral coefficients for each of 7 to 29 steps.
+
+    270 recordings to train with and 370 to test, as its authors divided them (Kudo, Toyama and Shimbo 1999).
+    """
+    from aeon.datasets import load_japanese_vowels as aeon_japanese_vowels
+
+    parts: list[Any] = []
+    for split in ("train", "test"):
+        recordings, speakers = aeon_japanese_vowels(split=split)
+        parts.append([torch.from_numpy(recording.astype(np.float32)) for recording in recordings])
+        parts.append(torch.from_numpy(speakers.astype(np.int64) - 1))
+    return Sequences("JapaneseVowels", *parts)
 
 
 def load(name: str, root: Path | None = None) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
+import bn_ext
 import memory
 
 
@@ -50,3 +52,20 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     saved = records["nn"]["after_forward"] - records["convert(fuse=True)"]["after_forward"]
     assert abs(saved - 4 * 512 * 64) < 4 * 512 * 64 / 10
     assert records["convert"]["peak"] < 1.1 * records["nn"]["peak"]
+    # Of the first block a checkpoint keeps its input and its output, and not what lies between.
+    saved = records["convert(fuse=True)"]["after_forward"] - records["checkpointed"]["after_forward"]
+    assert abs(saved - 4 * 512 * 64) < 4 * 512 * 64 / 10
+    assert records["offloaded"] == records["convert(fuse=True)"] | {"kind": "offloaded"}  # all is there already
+
+
+def test_blocks_in_checkpoints() -> None:
+    """Each runs twice, counts once, and gives the gradients that it gives without."""
+    for _, make, shape in memory.NETWORKS:
+        torch.manual_seed(0)
+        plain = bn_ext.convert(make(), fuse=True)
+        through = memory.KINDS["checkpointed"](copy.deepcopy(plain))
+        x, gradients = torch.randn(4, *shape[1:-1], min(shape[-1], 784)), []
+        for model in (plain, through):
+            model(x).square().sum().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert all(map(torch.equal, *gradients)) and all(map(torch.equal, plain.buffers(), through.buffers()))

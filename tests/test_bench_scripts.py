@@ -23,11 +23,14 @@ MISSING = [
     ("bench/bench_batchnorm.py", "--quick", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
     ("bench/bench_batchnorm.py", "--quick --plot x.png", "matplotlib", 'matplotlib: pip install "bn_ext[bench]", or'),
     ("bench/compare.py", "a b", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
+    ("bench/gpu_table.py", "folder", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
     ("bench/memory.py", "", "torch", "torch: pip install torch"),
     ("bench/pairing.py", "", "bn_ext", f"bn_ext: pip install {ROOT}"),
     ("bench/plot.py", "a b", "matplotlib", 'matplotlib: pip install "bn_ext[bench]", or pip install matplotlib'),
     ("bench/tables.py", "", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
     ("bench/traffic.py", "run", "torch", "torch: pip install torch"),
+    ("examples/sequences.py", "--quick", "aeon", 'aeon: pip install "bn_ext[bench]", or pip install aeon'),
+    ("examples/small_batches.py", "--quick", "sklearn", 'scikit-learn: pip install "bn_ext[bench]", or pip install'),
     ("examples/train_fused.py", "", "numpy", 'numpy: pip install "bn_ext[bench]", or pip install numpy'),
     ("examples/train_mlp.py", "", "sklearn", 'scikit-learn: pip install "bn_ext[bench]", or pip install scikit-learn'),
 ]
@@ -101,6 +104,7 @@ def result_file(folder: Path) -> Path:
         ("bench/bench_all.py", "--list"),
         ("bench/compare.py", "r.jsonl r.jsonl"),
         ("bench/traffic.py", "read r.jsonl"),
+        ("examples/small_batches.py", "--quick --plot small.png"),
         ("examples/train_mlp.py", "--epochs 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from processes import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import gpu_table
 import traffic
 
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -156,6 +158,39 @@ def test_one_real_step(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False, env=environ).returncode == 1
     usage = subprocess.run(["bash", SCRIPT, "--what"], capture_output=True, text=True, check=False)
     assert usage.returncode == 2 and "--only" in usage.stdout
+
+
+# ---- the table at its end ----
+
+
+def measured(contender: str, us: float, **changes: object) -> dict[str, object]:
+    record = {"device_name": "NVIDIA H200", "dtype": "float32", "shape": [65536, 256], "layout": "contiguous"}
+    record |= {"mode": "eval", "contender": contender, "median_us": us, "gbps": 2 * 65536 * 1024 / us / 1e3}
+    return {**record, "limit_fraction": 20 / us, **changes}
+
+
+def test_the_table_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cuda-tests.log").write_text("...\n12 passed, 3 skipped in 4.5s\n")
+    (tmp_path / "suite.log").write_text("1 failed, 5 passed in 2s\n\n120 passed, 2 failed, \nfiles: 4, not right: 1\n")
+    records = [measured("bn_ext", 25.0), measured("nn", 50.0), measured("copy", 20.0)]
+    small = {"shape": [32, 64], "limit_fraction": None}
+    records += [measured("bn_ext", 4.0, **small), measured("nn", 2.0, **small)]
+    (tmp_path / "bench-calls.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    monkeypatch.setattr(sys, "argv", ["gpu_table.py", str(tmp_path)])
+    assert gpu_table.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["cuda-tests     12 passed, 3 skipped", "suite          120 passed, 2 failed"]
+    # Twice and half as fast: their mean is 1. 20 of 25 us: of the copy's rate, and by the planner's bytes.
+    assert said[4].split() == ["eval", "float32", "2", "1.00", "0.50", "80%", "0.80", "32x64", "float32"]
+    assert len(said) == 5 and gpu_table.planner("Some other GPU") is None
+
+
+@needs_bash
+def test_what_to_send_is_said(tmp_path: Path) -> None:
+    _, _, said = steps(tmp_path, "step one 9 echo fine\n")
+    assert "send us this file, and the bench-*.jsonl beside it: out/summary.txt" in said.splitlines()
 
 
 # ---- the cases that compute-sanitizer watches ----
