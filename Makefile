@@ -19,12 +19,13 @@ LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize bench bench-all bench-compare lint docs format build clean distclean
+.PHONY: help demo test test-ptx sanitize bench bench-all bench-compare lint docs format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
 	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
+	@echo 'make test-ptx  every case of tests/simt on every architecture, and every planted fault: an hour; PTX=90: one'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
 	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-xeon'
@@ -43,6 +44,13 @@ demo: $(STAMPS)/demo $(STAMPS)/built
 # whose idle threads sleep instead of spinning on cores that others need.
 test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 	cd tests && OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder .
+
+# What `make test` does a part of. -contract: with multiply and add in one, wherever ptxas may.
+PTX ?= 75 80 90 100 90-contract
+test-ptx: $(STAMPS)/test $(STAMPS)/built
+	cd tests && export OMP_WAIT_POLICY=passive && for on in $(PTX); do BN_EXT_PTX=$$on $(abspath $(PY)) -m pytest -q \
+	  -n $(TEST_JOBS) $(filter-out %runtime.py,$(notdir $(wildcard tests/test_simt_*.py))) || exit 1; done
+	cd tests && BN_EXT_PTX_FAULTS=all $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) test_ptx_sources.py
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)
