@@ -50,7 +50,8 @@ PTX ?= 75 80 90 100 90-contract
 test-ptx: $(STAMPS)/test $(STAMPS)/built
 	cd tests && export OMP_WAIT_POLICY=passive && for on in $(PTX); do BN_EXT_PTX=$$on $(abspath $(PY)) -m pytest -q \
 	  -n $(TEST_JOBS) $(filter-out %runtime.py,$(notdir $(wildcard tests/test_simt_*.py))) || exit 1; done
-	cd tests && BN_EXT_PTX_FAULTS=all $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) test_ptx_sources.py
+	cd tests && BN_EXT_EVERY_ARCH=1 BN_EXT_PTX_FAULTS=all $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile \
+	  test_ptx_sources.py test_cuda_compile.py
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)

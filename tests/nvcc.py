@@ -19,7 +19,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cuda"
 # PTX of a generation and the machine code made from it.
-FAMILIES = {75: (75,), 80: (80, 86, 89), 90: (90,), 100: (100, 120)}
+FAMILIES = {75: (75,), 80: (80, 86), 90: (90,), 100: (100, 120)}
 # One release of the compiler as packages, for machines without a toolkit.
 PACKAGES = (
     *("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88"),
@@ -68,12 +68,16 @@ def _version(home: Path) -> bytes:
     return subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, check=True).stdout
 
 
+def _without_comments(text: str) -> str:
+    return re.sub(r"(^|\s)//.*$", "", text, flags=re.M)
+
+
 def digest_of(home: Path, source: Path, csrc: Path, *more: object) -> str:
-    """Of the compiler, the source and all headers that it may include."""
+    """Of the compiler, the source and all headers that it may include, but for their comments."""
     digest = hashlib.sha256(_version(home))
     headers = sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cuh", ".inc"))
     for path in (source, *headers):
-        digest.update(path.read_bytes())
+        digest.update(_without_comments(path.read_text()).encode())
     digest.update(repr(more).encode())
     return digest.hexdigest()[:20]
 

@@ -28,7 +28,7 @@ MORE = {
     "kernels.test_layout": 6,
     "activated.test_values": 8,
     "activated.test_regimes_of_training": 6,
-    "activated.test_regimes_of_backward": 8,
+    "activated.test_regimes_of_backward": 10,
     "padded.test_every_pass": 8,
     "padded.test_residual_and_activation": 8,
     "virtual.test_forward_and_backward": 4,

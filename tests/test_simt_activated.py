@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from reference import assert_within
-from reference_activated import SLOPE, Activated, activated
+from reference import assert_within, ulp
+from reference_activated import FORMULA_ULP, SLOPE, Activated, activated, value_and_derivative
 from simt.calls import ACTIVATIONS, DTYPES, Inputs, Pass, Result
 from simt.operators import plan_of
 from simt_support import BACKWARD, FORWARD, INFERENCE, MODELS, REGIMES, WALKS, make, run, smallest
@@ -86,6 +86,27 @@ def test_values(dtype: torch.dtype, activation: str, residual: str | None) -> No
             check_both(with_residual(inputs, residual), pass_, **MODELS["H200"])
 
 
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_formulas_in_both_tails(activation: str, part: int) -> None:
+    """Batch norm as the identity: what is left is the activation, to FORMULA_ULP wherever it is a normal number."""
+    ends = {"silu": 80.0, "gelu": 12.0}[activation]
+    tiny = torch.logspace(-30, 1, 400)
+    x = torch.cat([torch.linspace(-ends, ends, 4001), tiny, -tiny, torch.tensor([1e30, -85.0, 3e38])])[part::4, None]
+    one, zero = torch.ones(1), torch.zeros(1)
+    inputs = Inputs(x, torch.ones_like(x), running_mean=zero, running_var=one, eps=0.0, activation=activation)
+    forward = run(INFERENCE, inputs, **MODELS["H200"])
+    wants = (True, False, False)
+    backward = run(BACKWARD, replace(inputs, training=False, wants=wants), saved=forward.saved, **MODELS["H200"])
+    assert forward.output is not None and backward.grad_input is not None
+    value, derivative = value_and_derivative(x.double(), activation)
+    assert_within(forward.output, value, FORMULA_ULP * ulp(value, x.dtype), activation)
+    largest = x.double().abs().clamp(min=1) * torch.maximum(
+        (value / x.double()).abs(), (derivative - value / x.double()).abs()
+    )
+    assert_within(backward.grad_input, derivative, FORMULA_ULP * ulp(largest, x.dtype), f"{activation}'")
+
+
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout: str, model: dict[str, Any]) -> None:
@@ -159,14 +180,14 @@ def test_regimes_of_training(regime: tuple[str, str], scalar: bool, residual: st
     assert check(inputs, FORWARD, **model).regime == regime
 
 
-@pytest.mark.parametrize("source", ["argument", "sum", "mask"])
+@pytest.mark.parametrize("source", ["sign", "argument", "sum", "mask"])
 @REGIME
 def test_regimes_of_backward(regime: tuple[str, str], scalar: bool, source: str) -> None:
     """Likewise of backward, by each of the things that may tell the derivative."""
     shape, model = smallest(BACKWARD, *regime, scalar=scalar)
     layout = "misaligned" if scalar else "contiguous"
-    inputs = make(shape, layout=layout, activation="relu" if source == "mask" else "gelu")
-    _, backward = check_both(with_residual(inputs, None if source == "argument" else layout), FORWARD, **model)
+    inputs = make(shape, layout=layout, activation="relu" if source in ("mask", "sign") else "gelu")
+    _, backward = check_both(with_residual(inputs, layout if source in ("mask", "sum") else None), FORWARD, **model)
     assert backward.regime == regime
 
 

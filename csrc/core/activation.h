@@ -37,12 +37,14 @@ inline int64_t mask_bytes_cut(int64_t numel, int64_t batches, int64_t elements) 
   return (numel + elements - 1) / elements + 32 * batches;
 }
 
-// What tells backward the activation's derivative: its argument, from x and, as one more input, the residual; or
-// forward's mask.
-enum class Source { kArgument, kSum, kMask };
+// What tells backward the activation's derivative: its argument, from x (kSign: the argument's sign is enough) and, as
+// one more input, the residual; or forward's mask.
+enum class Source { kSign, kArgument, kSum, kMask };
 
 inline Source source_of(const Epilogue& e) {
-  return e.mask ? Source::kMask : e.residual ? Source::kSum : Source::kArgument;
+  if (e.mask) return Source::kMask;
+  if (e.residual) return Source::kSum;
+  return by_sign(e.activation) ? Source::kSign : Source::kArgument;
 }
 
 }  // namespace bn_ext

@@ -10,7 +10,7 @@
 // substitution of Shepherd & Laframboise 1981, "Chebyshev approximation of (1 + 2x) exp(x^2) erfc x"); the coefficients
 // below are its Chebyshev expansion, cut off below half a unit in the last place.
 // Errors: silu, gelu within 6 units in the last place where the result is a normal number; the derivatives within 6
-// units in the last place of max(1, |v|) * the largest term.
+// units in the last place of max(1, |v|) * the largest term. CUDA's float, whose exp is an estimate: within 7.
 
 #ifdef __CUDACC__
 #define BN_UNROLL _Pragma("unroll")
@@ -50,8 +50,19 @@ BN_ACTIVATION V reciprocal(V v) {
   return S(1) / v;
 }
 
-// exp(hi + lo) for hi + lo <= 0, |lo| small; zero where the result would not be a normal number.
+// exp(hi + lo) for hi + lo <= 0, |lo| small; zero where the result would not be a normal number. CUDA's float has 2^t
+// estimated, good to 2^-22 (PTX ISA, ex2.approx.ftz.f32), times exp of the little that t ln 2 lacks; hi is not
+// infinite.
 BN_ACTIVATION V exp_of_negative(V hi, V lo) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(S) == sizeof(float)) {
+    const V t = hi * S(1.44269504f);
+    V power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(t));
+    const V rest = fmaf(t, S(1.90465421e-9f), fmaf(t, S(-0.693147182f), hi)) + lo;
+    return fmaf(power, rest, power);
+  }
+#endif
   using I = typename Words<S, V>::type;
   V n, r, g;
   I power;
@@ -81,9 +92,23 @@ BN_ACTIVATION V exp_of_negative(V hi, V lo) {
 
 BN_ACTIVATION V magnitude(V v) { return v < S(0) ? -v : v; }
 
+// min(|v|, limit), which of NaN is the limit.
+BN_ACTIVATION V limited_magnitude(V v, S limit) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(S) == sizeof(float)) return fminf(fabsf(v), limit);
+#endif
+  const V full = magnitude<S, V>(v), most = V{} + limit;
+  return full < most ? full : most;
+}
+
 // s(v) and 1 - s(v).
 BN_ACTIVATION void sigmoids(V v, V* s, V* rest) {
-  const V e = exp_of_negative<S, V>(-magnitude<S, V>(v), V{});
+#ifdef __CUDA_ARCH__
+  const V a = limited_magnitude<S, V>(v, S(sizeof(S) == sizeof(float) ? 90 : 750));  // where exp is zero
+#else
+  const V a = magnitude<S, V>(v);
+#endif
+  const V e = exp_of_negative<S, V>(-a, V{});
   const V large = reciprocal<S, V>(e + S(1)), small = e * large;
   *s = v < S(0) ? small : large;
   *rest = v < S(0) ? large : small;
@@ -92,12 +117,18 @@ BN_ACTIVATION void sigmoids(V v, V* s, V* rest) {
 // P(v) and exp(-v^2 / 2).
 BN_ACTIVATION void normal_distribution(V v, V* probability, V* e) {
   constexpr S kLimit = sizeof(S) == sizeof(float) ? S(14) : S(39);  // exp(-limit^2 / 2) is zero in exp_of_negative
-  const V full = magnitude<S, V>(v), limit = V{} + kLimit, a = full < limit ? full : limit;
-  using I = typename Words<S, V>::type;
+  const V a = limited_magnitude<S, V>(v, kLimit);
+#ifdef __CUDA_ARCH__
+  // a^2 in two parts, the second what rounding took from the first.
+  const V half = a * S(-0.5), square = a * half;
+  *e = exp_of_negative<S, V>(square, fma(a, half, -square));
+#else
   // a^2 in two parts: the square of a's upper half is exact.
+  using I = typename Words<S, V>::type;
   const V upper =
       same_bits<V>(same_bits<I>(a) & (sizeof(S) == sizeof(float) ? I{} + 0xfffff000u : ~(I{} + 0x7ffffffu)));
   *e = exp_of_negative<S, V>(upper * upper * S(-0.5), (a - upper) * (a + upper) * S(-0.5));
+#endif
   const V inverse = reciprocal<S, V>(a + S(4)), u = (a - S(4)) * inverse;
   V f;
   if constexpr (sizeof(S) == sizeof(float)) {

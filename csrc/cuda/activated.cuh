@@ -16,7 +16,8 @@ struct Words {
 };
 #include "core/activation_math.h"
 
-// use(activation) for the launch's, so that a branch on it is taken by all threads alike.
+// use(activation) for the launch's, so that a branch on it is taken by all threads alike; backward's kernels are one
+// for what goes by sign and one for the others, which need more registers.
 template <typename A, class Use>
 __device__ __forceinline__ auto with_kind(const Epilogue& e, const Use& use) {
   const A slope = static_cast<A>(e.negative_slope);
@@ -31,6 +32,15 @@ __device__ __forceinline__ auto with_kind(const Epilogue& e, const Use& use) {
       return use(GELU<A>{slope});
     default:
       return use(Identity<A>{slope});
+  }
+}
+template <Source kSource, typename A, class Use>
+__device__ __forceinline__ void with_kind_of(const Epilogue& e, const Use& use) {
+  const A slope = static_cast<A>(e.negative_slope);
+  if constexpr (kSource == Source::kSign) {
+    e.activation == Activation::kReLU ? use(ReLU<A>{slope}) : use(LeakyReLU<A>{slope});
+  } else {
+    e.activation == Activation::kGELU ? use(GELU<A>{slope}) : use(SiLU<A>{slope});
   }
 }
 
@@ -182,7 +192,7 @@ struct ActivatedGradient {
       const A slope = static_cast<A>(a.epilogue.negative_slope);
       use([=](A dy, Beside bits, int i, auto...) { return bits >> i & 1u ? dy : zero ? A(0) : dy * slope; });
     } else {
-      with_kind<A>(a.epilogue, [&](const auto& act) {
+      with_kind_of<kSource, A>(a.epilogue, [&](const auto& act) {
         use([&](A dy, Beside, int, A x, A residual, A mean_hi, A scale, A shift) {
           const A v = (x - mean_hi) * scale + shift;
           return act.gradient(dy, kSource == Source::kSum ? v + residual : v);
@@ -314,9 +324,9 @@ struct ActivationGradient : ActivatedGradient<T, V, kSource> {
   using Beside = typename Of::Beside;
   static constexpr bool kSumsBeside = false;
   static constexpr int kVector = V,
-                       kInputs = kSource == Source::kSum        ? 3
-                                 : kSource == Source::kArgument ? 2
-                                                                : 1,
+                       kInputs = kSource == Source::kSum    ? 3
+                                 : kSource != Source::kMask ? 2
+                                                            : 1,
                        kOutputs = 2;
   static constexpr int kCoefficients = kSource == Source::kMask ? 1 : 3, kUnroll = 2;
 

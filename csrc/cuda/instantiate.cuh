@@ -129,6 +129,8 @@ cudaError_t backward_pieces_of(const PieceArgs<BackwardArgs>& args, const Plan& 
     });
   }
   switch (source_of(args.epilogue)) {
+    case Source::kSign:
+      return sums_by<T, Source::kSign>(args, plan, workspace, stream);
     case Source::kArgument:
       return sums_by<T, Source::kArgument>(args, plan, workspace, stream);
     case Source::kSum:
@@ -150,6 +152,8 @@ template <typename T>
 cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   if (args.epilogue.activates()) {
     switch (source_of(args.epilogue)) {
+      case Source::kSign:
+        return backward_by<T, Source::kSign>(args, plan, workspace, stream);
       case Source::kArgument:
         return backward_by<T, Source::kArgument>(args, plan, workspace, stream);
       case Source::kSum:

@@ -78,15 +78,19 @@ struct Rcp {
   }
 };
 // rcp.approx.ftz.f32 as far off as a GPU's may be: one unit in the last place, up or down by the argument's bits.
+float flushed(float a) { return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0f, a) : a; }
+// 0 to 3, by the bits of a number.
+uint32_t dice(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, sizeof bits);
+  return (bits ^ bits >> 15) * 2654435761u >> 30;
+}
 struct EstimatedRcp {
-  static float flushed(float a) { return std::fpclassify(a) == FP_SUBNORMAL ? std::copysign(0.0f, a) : a; }
   template <class T>
   static T of(T a) {
     const T exact = flushed(T(1) / flushed(a));
     if (!std::isfinite(exact) || exact == 0) return exact;
-    uint32_t bits;
-    memcpy(&bits, &a, sizeof bits);
-    const uint32_t way = (bits ^ bits >> 15) * 2654435761u >> 30;
+    const uint32_t way = dice(a);
     return way < 2 ? flushed(std::nextafter(exact, way ? std::numeric_limits<T>::infinity() : T(0))) : exact;
   }
 };
@@ -94,6 +98,18 @@ struct Rsqrt {
   template <class T>
   static T of(T a) {
     return static_cast<T>(1.0 / std::sqrt(static_cast<double>(a)));
+  }
+};
+// ex2.approx.ftz.f32 as far off as the PTX ISA allows, 2^-22 of the result.
+struct EstimatedEx2 {
+  template <class T>
+  static T of(T a) {
+    const double exact = std::exp2(static_cast<double>(flushed(a))), off = std::ldexp(exact, -22);
+    const uint32_t way = dice(a);
+    if (way > 1 || !std::isfinite(exact)) return flushed(static_cast<float>(exact));
+    const float most = static_cast<float>(way ? exact + off : exact - off);
+    const bool too_far = std::abs(most - exact) > off;
+    return flushed(too_far ? std::nextafter(most, static_cast<float>(exact)) : most);
   }
 };
 struct Ex2 {
@@ -308,6 +324,7 @@ Handler arithmetic(const Opcode& op) {
   const std::string& name = op.name();
   const Type type = op.type();
   if (op.whole == "rcp.approx.ftz.f32") return &unary<float, EstimatedRcp>;
+  if (op.whole == "ex2.approx.ftz.f32") return &unary<float, EstimatedEx2>;
   if (!known_modifiers(op)) return nullptr;
   const bool rounded = op.has("rn"), approximate = op.has("approx") || op.has("full"), exact = rounded || approximate;
   if (name == "add") return approximate ? nullptr : binary_of<Add>(type, false);
