@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -22,9 +21,6 @@ from simt.bridge import without_parameters
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = tuple(arch for family in FAMILIES.values() for arch in family)
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# By type, what ptxas assembles in `make test`; the others come with BN_EXT_EVERY_ARCH=1 (`make test-ptx`), since ptxas
-# takes most of a minute for each: bfloat16 is float16's code but for the conversions.
-FEW = {"float16": (75, 90), "float64": (80, 90, 120)}
 GLUE = [ROOT / "csrc" / name for name in ("cuda/cut.cpp", "cuda/launch.cpp", "cuda/padded.cpp", "torch/cuda_ops.cpp")]
 TOY = ROOT / "tests" / "simt" / "toy.cu"
 # Kernels that may spill or use a stack, as (part of the name, why). None needs to.
@@ -91,30 +87,27 @@ def assemble(home: Path, ptx: Path, arch: int) -> str:
 
 
 def archs_of(source: Path) -> tuple[int, ...]:
-    return ARCHS if os.environ.get("BN_EXT_EVERY_ARCH") else FEW.get(source.stem, ARCHS)
+    return tuple(arch for family in nvcc.families_of(source) for arch in FAMILIES[family])
 
 
-def compile_sources(home: Path, sources: list[Path], archs: tuple[int, ...] = ARCHS) -> dict[Path, Compiled]:
+def compile_sources(home: Path, wanted: dict[Path, tuple[int, ...]]) -> dict[Path, Compiled]:
     """Compile each to PTX, which tests/ptx runs too, and that for its architectures, as nvcc itself does."""
-    families = {f: wanted for f, all_of in FAMILIES.items() if (wanted := [a for a in all_of if a in archs])}
-    folders = nvcc.compile_all(home, sources, tuple(families))
+    families = {s: [f for f, all_of in FAMILIES.items() if set(all_of) & set(archs)] for s, archs in wanted.items()}
+    folders = nvcc.compile_all(home, families)
     jobs = [
-        (s, folders[s] / f"{f}.ptx", a)
-        for s in sources
-        for f, wanted in families.items()
-        for a in wanted
-        if a in archs_of(s)
-    ]
+        (s, folders[s] / f"{f}.ptx", a) for s, archs in wanted.items() for f in families[s] for a in FAMILIES[f]
+        if a in archs
+    ]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda job: assemble(home, *job[1:]), jobs))
-    results = {s: Compiled(ptx={f: (folders[s] / f"{f}.ptx").read_text() for f in families}) for s in sources}
+    results = {s: Compiled(ptx={f: (folders[s] / f"{f}.ptx").read_text() for f in families[s]}) for s in wanted}
     for (source, *_), report in zip(jobs, reports, strict=True):
         results[source].usages += parse_report(report)
     return results
 
 
-def compile_source(home: Path, source: Path, archs: tuple[int, ...] = ARCHS) -> Compiled:
-    return compile_sources(home, [source], archs)[source]
+def compile_source(home: Path, source: Path, archs: tuple[int, ...]) -> Compiled:
+    return compile_sources(home, {source: archs})[source]
 
 
 def spills(usages: list[Usage]) -> list[Usage]:
@@ -134,7 +127,7 @@ def vector_accesses(ptx: str) -> tuple[int, int]:
 def compiled(toolkit: Path, request: pytest.FixtureRequest) -> dict[Path, Compiled]:
     if not SOURCES:
         pytest.skip("there are no CUDA sources in csrc/cuda")
-    results = compile_sources(toolkit, SOURCES)
+    results = compile_sources(toolkit, {source: archs_of(source) for source in SOURCES})
     table = register_table([u for c in results.values() for u in c.usages])
     request.config.stash[SECTIONS].append(("registers a thread, by ptxas", table))
     return results
@@ -175,7 +168,7 @@ def check_vector_paths(result: Compiled) -> None:
 
 @pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
 def test_compiles_for_every_architecture(compiled: dict[Path, Compiled], source: Path) -> None:
-    assert set(compiled[source].ptx) == set(FAMILIES)
+    assert set(compiled[source].ptx) == set(nvcc.families_of(source))
     kernels = {u.name for u in compiled[source].usages}
     for arch in archs_of(source):
         assert {u.name for u in compiled[source].usages if u.arch == arch} == kernels

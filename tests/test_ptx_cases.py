@@ -11,13 +11,17 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import nvcc
 from simt.backend import ARCHITECTURES, running_on
+from simt.calls import DTYPES
 from simt_support import ids
+from support import name_of
 
 MODULES = ("kernels", "activated", "padded", "virtual", "padded_virtual", "renorm", "stages", "values", "traffic")
 # Cases of a function on each architecture, where there are so many; by name, where the kernels are many too.
@@ -57,6 +61,10 @@ LEFT_OUT = {
     "virtual.test_large_pieces_go_one_by_one": "plans alone",
     "virtual.test_without_cooperative_launches_there_are_two_all_the_same": "plans alone",
 }
+
+
+# Functions whose cases take several element types each.
+SEVERAL_TYPES = {"kernels.test_types_of_parameters_and_statistics", "kernels.test_backward_takes_what_forward_saved"}
 
 
 @dataclass
@@ -100,6 +108,14 @@ def every_case() -> dict[str, list[Case]]:
     return found
 
 
+def _architectures(case: Case) -> list[int]:
+    """Those that have clusters, where the case takes one, and whose PTX of all its types is at hand."""
+    dtypes = {v for v in case.arguments.values() if isinstance(v, torch.dtype)} or {torch.float32}
+    sources = [Path(f"{name_of(d)}.cu") for d in (DTYPES if case.name.split("[")[0] in SEVERAL_TYPES else dtypes)]
+    every = [a for a in ARCHITECTURES if all(a in nvcc.families_of(source) for source in sources)]
+    return [a for a in every if a >= 90 or "cluster" not in case.name]
+
+
 def spread() -> list[Any]:
     """Of each function some cases, one architecture after the other, in an order that only names decide."""
     chosen = []
@@ -109,7 +125,7 @@ def spread() -> list[Any]:
         order = sorted(cases, key=lambda case: zlib.crc32(case.name.encode()))
         first = zlib.crc32(name.encode())
         for k, case in enumerate(order[: 4 * MORE.get(name, FEW)]):
-            knows = ARCHITECTURES[2:] if "cluster" in case.name else ARCHITECTURES
+            knows = _architectures(case)
             architecture, contract = knows[(first + k) % len(knows)], k // 4 % 2 == 1
             label = f"{architecture}{'-contract' * contract}-{case.name}"
             chosen.append(pytest.param(architecture, contract, case, id=label))
@@ -130,4 +146,4 @@ def test_case(architecture: int, contract: bool, case: Case) -> None:
 def test_what_is_left_out_is_there() -> None:
     """Functions by whose names something is said above; all others are spread."""
     known = {*every_case(), "values.test_any_call_matches_the_reference"}
-    assert {*LEFT_OUT, *MORE} <= known
+    assert {*LEFT_OUT, *MORE, *SEVERAL_TYPES} <= known

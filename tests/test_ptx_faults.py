@@ -79,7 +79,7 @@ PLANTED: dict[str, tuple[str, int, str, int | None, str, str, int, str]] = {
     ),
     "grid barrier that acquires nothing": (
         "backward",
-        80,
+        100,
         r"^\tld\.acquire\.gpu\.u32",
         0,
         r"\tld.relaxed.gpu.u32",
@@ -90,7 +90,7 @@ PLANTED: dict[str, tuple[str, int, str, int | None, str, str, int, str]] = {
     "no barrier within the grid's": ("forward", 90, r"^\tbarrier\.sync \t0;$", 0, "", "grid", 0, RACE),
     "second grid barrier that releases nothing": (
         "forward",
-        80,
+        100,
         r"^\tatom\.add\.release\.gpu",
         1,
         r"\tatom.add.relaxed.gpu",
@@ -110,7 +110,7 @@ PLANTED: dict[str, tuple[str, int, str, int | None, str, str, int, str]] = {
     ),
     "no wait for copies": (
         "forward",
-        80,
+        100,
         r"^\tcp\.async\.wait_group \d;$",
         -1,
         "",

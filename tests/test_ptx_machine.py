@@ -77,7 +77,10 @@ def run(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_can_be_decoded(architecture: int) -> None:
-    assert machine(architecture).decode() > 500_000
+    files = machine(architecture).files
+    if not files:
+        pytest.skip("`make test-ptx` takes this architecture")
+    assert machine(architecture).decode() > 100_000 * len(files)
 
 
 @pytest.mark.parametrize(

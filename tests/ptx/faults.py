@@ -120,6 +120,6 @@ def planted(fault: Fault, host: Sequence[Path], plain: Machine) -> Machine:
         part.rename(csrc.parent)
     home = nvcc.toolkit_or_skip()
     small = nvcc.compile_ptx(home, csrc / "cuda" / "float32.cu", (fault.architecture,), csrc)
-    others = [f.parent for f in plain.files if not f.parent.name.startswith("float32")]
+    others = [f for f in plain.folders if not f.name.startswith("float32")]
     host = [csrc / "cuda" / path.name if path.parent == CUDA else path for path in host]
     return link("fault", [small, *others], host, plain.backend)

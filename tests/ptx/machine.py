@@ -37,17 +37,19 @@ class Machine(Library):
 
     _places: dict[tuple[Path, tuple[Path, ...]], int] = {}  # noqa: RUF012
 
-    def __init__(self, path: Path, backend: Backend, files: Sequence[Path]) -> None:
-        """files: of the architecture's PTX. Machines of one path share the library, and what is in it."""
+    def __init__(self, path: Path, backend: Backend, folders: Sequence[Path]) -> None:
+        """folders: with the architecture's PTX. Machines of one path share the library, and what is in it."""
         super().__init__(path)
-        self.backend, self.files = backend, files
+        self.backend, self.folders = backend, folders
+        files = [folder / f"{backend.architecture}.ptx" for folder in folders]
+        self.files = [file for file in files if file.exists()]
         self._bind("ptx_load", ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
         self._bind("ptx_choose", None, *[ctypes.c_int] * 3)
         self._bind("ptx_decode", ctypes.c_long, ctypes.c_int)
         self._bind("ptx_count", None, ctypes.c_int)
         self._bind("ptx_counts", ctypes.c_char_p)
         self._bind("ptx_launch", ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint] * 3, ctypes.c_int, ctypes.c_void_p)
-        self._place = self._put(files, backend.architecture)
+        self._place = self._put(self.files, backend.architecture)
 
     def _put(self, files: Sequence[Path], place: int) -> int:
         key = self.path, tuple(files)
@@ -95,8 +97,10 @@ class Machine(Library):
 
 
 def build(name: str, sources: Sequence[Path], host: Sequence[Path], backend: Backend) -> Machine:
-    """A machine for .cu files, each of which nvcc compiles once for all architectures, and host files."""
-    folders = list(nvcc.compile_all(nvcc.toolkit_or_skip(), sources).values())
+    """A machine for .cu files and host files. Types of which the architecture is left out have no kernels in it."""
+    arch = backend.architecture
+    wanted = {source: [f for f in nvcc.families_of(source) if f == arch] or [90] for source in sources}
+    folders = list(nvcc.compile_all(nvcc.toolkit_or_skip(), wanted).values())
     return link(name, folders, host, backend)
 
 
@@ -107,4 +111,4 @@ def link(name: str, folders: Sequence[Path], host: Sequence[Path], backend: Back
         objects += compiled([*SHARED, *host], FLAGS)
         objects += [folder / "host.o" for folder in folders]
         library = linked(f"{name}_ptx", objects, "-Wl,-Bsymbolic")
-    return Machine(library, backend, [folder / f"{backend.architecture}.ptx" for folder in folders])
+    return Machine(library, backend, folders)
