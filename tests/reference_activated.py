@@ -25,7 +25,7 @@ SLOPE = 0.125  # of leaky_relu in tests: a product with it is exact
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
 STEEPEST = 1.13  # the largest derivative of all: gelu's, 1.129 at sqrt(2)
 CURVIEST = 0.8  # the largest second derivative away from a kink: gelu's, 2 / sqrt(2 pi) at 0
-FORMULA_ULP = 7  # what csrc/core/activation_math.h promises, of the CPU one less
+FORMULA_ULP = 8  # what csrc/core/activation_math.h promises, of the CPU two less
 
 
 def value_and_derivative(v: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:

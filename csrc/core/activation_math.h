@@ -10,7 +10,7 @@
 // substitution of Shepherd & Laframboise 1981, "Chebyshev approximation of (1 + 2x) exp(x^2) erfc x"); the coefficients
 // below are its Chebyshev expansion, cut off below half a unit in the last place.
 // Errors: silu, gelu within 6 units in the last place where the result is a normal number; the derivatives within 6
-// units in the last place of max(1, |v|) * the largest term. CUDA's float, whose exp is an estimate: within 7.
+// units in the last place of max(1, |v|) * the largest term. CUDA's float, whose exp is an estimate: within 8.
 
 #ifdef __CUDACC__
 #define BN_UNROLL _Pragma("unroll")
