@@ -93,6 +93,29 @@ def norm_of(device: str = "cpu", channels: int = C, **options: Any) -> bn_ext.Fu
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["lengths", "left padded", "any"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_rows_that_are_joined_and_those_left_over(device: str, dtype: torch.dtype, kind: str, training: bool) -> None:
+    """(N, L, C) of few channels: rows that follow each other are taken together, the thousands left one by one."""
+    shape = (4000, 3, 31)
+    valid, where = positions_of(shape, kind)
+    x = spoilt(LAYOUTS["permuted"](normal(shape, dtype, device, mean=300.0, seed=1)), where).requires_grad_()
+    g = spoilt(LAYOUTS["permuted"](normal(shape, dtype, device, seed=2)), where)
+    norm = norm_of(device, 3, dtype=dtype).train(training)
+    fixed = {} if training else {"running_mean": norm.running_mean, "running_var": norm.running_var, "training": False}
+    rows, of_g = rows_of(x.detach(), where), rows_of(g, where)
+    ref = reference(rows, norm.weight.detach(), norm.bias.detach(), of_g, eps=EPS, **fixed)
+    y = norm(x, **on(device, valid))
+    dx, dw, db = torch.autograd.grad(y, (x, norm.weight, norm.bias), g)
+    assert_within(rows_of(y.detach(), where), ref.output, output_tolerance(ref, dtype), "output")
+    assert_within(rows_of(dx, where), ref.grad_input, grad_input_tolerance(ref, dtype), "grad_input")
+    assert_within(dw, ref.grad_weight, grad_param_tolerance(ref, "weight", dtype, dtype), "weight")
+    assert_within(db, ref.grad_bias, grad_param_tolerance(ref, "bias", dtype, dtype), "bias")
+    assert_zero_beyond(y, where)
+    assert_zero_beyond(dx, where)
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layout", "dtype"), [
     (layout, dtype) for layout in LAYOUTS for dtype in FLOATS

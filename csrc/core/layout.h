@@ -9,14 +9,15 @@
 // The kind follows the lead operand (the output, which is dense); the others may have any strides and are gathered row
 // by row into a small buffer where they do not match.
 //
-// Of a padded batch (valid.h) the rows and the runs are those that count, each where a list says: rows are not joined,
-// and no columns are taken by span.
+// Of a padded batch (valid.h) the rows and the runs are those that count, each where a list says; rows are joined where
+// they follow each other.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
-#include "valid.h"
+#include "ragged.h"
 
 namespace bn_ext {
 
@@ -27,7 +28,7 @@ struct Strides {
 constexpr int kMaxOperands = 5;
 constexpr int64_t kBlockColumns = 512;  // columns whose accumulators stay in the first-level cache
 constexpr int64_t kShortInner = 64;     // contiguous (N,C,L) with a shorter L is walked as columns
-constexpr int64_t kShortPadded = 40;    // of a padded batch, whose runs are skipped where they are longer
+constexpr int64_t kShortPadded = 64;    // of a padded batch, whose runs are skipped where they are longer
 constexpr int64_t kChunkElements = 131072;
 // A medium-sized tensor's chunks are for several cores to share; sums of them are cheaper to add than moments to merge.
 constexpr int64_t kMinChunkElements = 32768, kMomentChunks = 2, kGradientChunks = 4;
@@ -39,7 +40,8 @@ struct Geometry {
   bool by_span = false;
   int64_t outer = 1, channels = 0, inner = 1;  // reduction = outer x inner, collapsed where all operands allow it
   int64_t fold = 1;                            // rows joined into one row of columns
-  int64_t rows = 0, cols = 0, tail_cols = 0;   // columns; tail_cols: the joined rows left over
+  int64_t rows = 0, cols = 0;                  // columns
+  int64_t tail_rows = 0, tail_cols = 0;        // left over: together one row or, of a padded batch, rows of one each
   int64_t rows_of_chunk = kMaxChunkRows;
   Strides strides[kMaxOperands];
   const Ragged* ragged = nullptr;  // of a padded batch
@@ -50,12 +52,15 @@ struct Geometry {
   int64_t fast_stride(int k) const { return by_span ? strides[k].inner : strides[k].channel; }
   int64_t slow_stride(int k) const { return by_span ? strides[k].channel : strides[k].inner; }
 
+  // Offset of one value of channel 0, of which outer * inner dimension + inner index is given.
+  int64_t value_offset(int k, int64_t at) const {
+    return (at / inner) * strides[k].outer + (at % inner) * strides[k].inner;
+  }
   // Offset of column 0 of row r.
   int64_t row_offset(int k, int64_t r) const {
     if (by_span) return r * strides[k].outer;
-    const int64_t row = ragged ? ragged->row(r) : r;
-    if (even) return row * fold * strides[k].inner;
-    return (row / inner) * strides[k].outer + (row % inner) * strides[k].inner;
+    const int64_t row = ragged ? ragged->row(r) : r * fold;
+    return even ? row * strides[k].inner : value_offset(k, row);
   }
   // Planes: run o from i on, `length` of it or what there is.
   Ragged::Run run(int64_t o, int64_t i, int64_t length) const {
@@ -91,12 +96,16 @@ struct Geometry {
     rows_of_chunk = want < kMinChunkRows ? kMinChunkRows : want > kMaxChunkRows ? kMaxChunkRows : want;
   }
   int64_t row_chunks() const { return (rows + chunk_rows() - 1) / chunk_rows(); }
+  int64_t tail_chunk_rows() const { return chunk_rows() * fold < kMaxChunkRows ? chunk_rows() * fold : kMaxChunkRows; }
+  int64_t tail_chunks() const { return (tail_rows + tail_chunk_rows() - 1) / tail_chunk_rows(); }
+  // Of all columns.
+  int64_t elements() const { return rows * cols + tail_rows * tail_cols; }
   int64_t run_length() const { return inner < kRunElements ? inner : kRunElements; }
   int64_t run_pieces() const { return ragged ? 1 : (inner + run_length() - 1) / run_length(); }
   int64_t chunk_outer() const { return kRunElements / run_length(); }
   int64_t outer_chunks() const { return (outer + chunk_outer() - 1) / chunk_outer(); }
   int64_t chunks() const {
-    if (columns) return row_chunks() + (tail_cols > 0);
+    if (columns) return row_chunks() + tail_chunks();
     return ragged ? ragged->chunks() : outer_chunks() * run_pieces();
   }
 };
@@ -148,19 +157,24 @@ inline Geometry make_geometry(const Shape& shape, const TensorRef* operands, int
   const Strides& lead = g.strides[0];
   if (g.channels > 1 && lead.inner != 1 && lead.channel == 1) {
     g.columns = true;
-    if (g.ragged) {
-      ragged->set_rows();
-    }
-    g.rows = g.ragged ? g.ragged->runs() : g.outer * g.inner;
-    if (g.outer == 1 && !g.ragged) {
+    g.rows = g.ragged ? g.ragged->count() : g.outer * g.inner;
+    if (g.even) {
+      const int64_t limit = g.ragged ? std::min(fold.limit, ragged->mean_run() / 2 * g.channels) : fold.limit;
       const auto narrow = [&] {
         const int64_t cols = g.fold * g.channels;
         const int64_t enough = cols < fold.wide ? fold.few : fold.rows;
         return cols < fold.columns || cols % fold.multiple != 0 || g.rows / g.fold > enough;
       };
-      while (narrow() && g.fold * 2 * g.channels <= fold.limit) g.fold *= 2;
+      while (narrow() && g.fold * 2 * g.channels <= limit) g.fold *= 2;
       g.tail_cols = g.rows % g.fold * g.channels;
+      g.tail_rows = g.tail_cols > 0;
       g.rows /= g.fold;
+    }
+    if (g.ragged) {
+      ragged->set_rows(g.fold);
+      g.rows = ragged->runs();
+      g.tail_rows = ragged->single_rows();
+      g.tail_cols = g.channels;
     }
     g.cols = g.fold * g.channels;
   } else if (g.inner < (g.ragged ? kShortPadded : kShortInner) && g.outer > 1 && lead.inner == 1 &&

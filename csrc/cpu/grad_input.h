@@ -159,7 +159,7 @@ template <class Op, class Dy>
   static_assert(Op::kOutputs == 1, "derivatives of a padded batch's gradients have no kernel");
   Buffers<T, Op::kInputs, Dy, kBlockColumns> buffers;
   const typename RowsOf<Dy>::type of_dy(in.dy, t);
-  T whole[kBlockColumns];
+  T whole[kBlockColumns];  // with values where it does not count, which nobody gets
   for (int64_t r = t.r0; r < t.r1; ++r) {
     apply_row<Op, false>(pieces_of_rows<1>(in, of_dy, t, r, buffers), {whole}, t.n, c, 0);
     Pattern(g, r).put(whole, t.n, lead_row(g, outputs[0], r, t.v0), stream);
@@ -198,7 +198,7 @@ inline void apply_columns(const Geometry& g, const SourcesOf<Op, Dy>& in, const 
       const ColumnTask t = column_task(g, task);
       coefficients.template expand_packs<T>(g, t.v0, t.n, expanded.of, c);
       if constexpr (Op::kOutputs == 1) {
-        if (g.masked()) return apply_masked<Op, Dy>(g, in, outputs, t, c, stream);
+        if (g.masked()) return apply_masked<Op, Dy>(g, in.whole(), outputs, t, c, stream);
       }
       apply_task<Op, Dy>(g, in, outputs, t, c, stream);
     });

@@ -20,9 +20,9 @@ inline void recentre(double rest, double* sums) {
 
 // Float sums take at most kFlush addends before they are added to double ones. Where these are themselves sums of four
 // rows, or of two vectors of a run, made pairwise, they add next to no error.
-template <class T, int kInputs, class Row, int kRows>
+template <class T, int kInputs, class Row, int kRows, class Counts>
 inline void accumulate_gradient_rows_float(const Pieces<T, kInputs, Row, kRows>& rows, int64_t n, const float* shift,
-                                           float (*sum)[kBlockColumns]) {
+                                           float (*sum)[kBlockColumns], const Counts& counts) {
   constexpr int kVectors = kPackVectors<T>, kCount = kSums<kInputs>;
   for_vectors<kPack<T>>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     VecF shifts[kVectors], total[kCount][kVectors] = {};
@@ -30,8 +30,13 @@ inline void accumulate_gradient_rows_float(const Pieces<T, kInputs, Row, kRows>&
     Shared<T> shared;
     load_shared<T>(rows.dy[0], v, shared);
     const auto load = [&](int j, VecF(*to)[kVectors]) __attribute__((always_inline)) {
-      for (int k = 1; k < kInputs; ++k) load_pack_at(rows.rest[k - 1][j], v, n - v, tail, to[k]);
-      load_gradient<T>(rows.dy[j], v, n - v, tail, shared, to[1], to[0]);
+      if constexpr (std::is_same<Counts, AllCounts>::value) {
+        for (int k = 1; k < kInputs; ++k) load_pack_at(rows.rest[k - 1][j], v, n - v, tail, to[k]);
+        load_gradient<T>(rows.dy[j], v, n - v, tail, shared, to[1], to[0]);
+      } else {
+        for (int k = 1; k < kInputs; ++k) load_kept_pack(rows.rest[k - 1][j], counts[j], v, n - v, tail, to[k]);
+        load_kept_pack(rows.dy[j], counts[j], v, n - v, tail, to[0]);
+      }
     };
     for (int j = 0; j < kRows; j += 2) {
       const bool two = j + 1 < kRows;
@@ -60,6 +65,37 @@ inline void accumulate_gradient_rows_float(const Pieces<T, kInputs, Row, kRows>&
   });
 }
 
+// The sums of a task's rows. counts(number of rows, first row): what of them counts.
+template <class T, int kInputs, class Dy, class Rows, class Counts>
+__attribute__((always_inline)) inline void sum_gradient_rows(const Geometry& g, const Sources<T, kInputs, Dy>& in,
+                                                             const Rows& of_dy, const ColumnTask& t, const float* shift,
+                                                             int64_t size, RowBuffers<T, kInputs, Dy>& buffers,
+                                                             float (*part)[kBlockColumns], double (*sum)[kBlockColumns],
+                                                             const Counts& counts) {
+  const bool stream = streams(g, sizeof(T));
+  const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
+  for (int64_t r = t.r0; r < t.r1; r += batch) {
+    int64_t first = r;
+    for_gradient_rows(g, in, of_dy, t, r, std::min(r + batch, t.r1), buffers, [&](const auto& rows) {
+      constexpr int kRows = std::extent<decltype(rows.dy)>::value;
+      accumulate_gradient_rows_float(rows, t.n, shift, part, counts(std::integral_constant<int, kRows>(), first));
+      first += kRows;
+    });
+    for (int i = 0; i < kSums<kInputs>; ++i) flush_columns(size, part[i], sum[i]);
+  }
+}
+// Of rows that hold padding, dy being a tensor; apart, for the sake of the registers of the ones without.
+template <class T, int kInputs, class Dy>
+[[gnu::noinline]] void sum_masked_gradient_rows(const Geometry& g, const Sources<T, kInputs, Dy>& in,
+                                                const ColumnTask& t, const float* shift, int64_t size,
+                                                RowBuffers<T, kInputs, Dy>& buffers, float (*part)[kBlockColumns],
+                                                double (*sum)[kBlockColumns]) {
+  if constexpr (std::is_same<Dy, Reader<T>>::value) {
+    sum_gradient_rows(g, in, typename RowsOf<Dy>::type(in.dy, t), t, shift, size, buffers, part, sum,
+                      [&](auto count, int64_t first) { return Patterns<decltype(count)::value>(g, first); });
+  }
+}
+
 template <class T, int kInputs, class Dy>
 inline void gradient_columns_float(const Geometry& g, const Sources<T, kInputs, Dy>& in, const ColumnTask& t,
                                    const Centres<T>& centres, const ChunkSums<kSums<kInputs>>& sums) {
@@ -73,12 +109,10 @@ inline void gradient_columns_float(const Geometry& g, const Sources<T, kInputs, 
   for (double* s : sum) std::fill(s, s + size, 0.0);
   const float* k[1];
   centres.shift.template expand_packs<T>(g, t.v0, t.n, shift, k);
-  const bool stream = streams(g, sizeof(T));
-  const int64_t batch = stream ? kFlush : kFlush * kGradientRowGroup;
-  for (int64_t r = t.r0; r < t.r1; r += batch) {
-    for_gradient_rows(g, in, of_dy, t, r, std::min(r + batch, t.r1), buffers,
-                      [&](const auto& rows) { accumulate_gradient_rows_float(rows, t.n, k[0], part); });
-    for (int i = 0; i < kCount; ++i) flush_columns(size, part[i], sum[i]);
+  if (std::is_same<Dy, Reader<T>>::value && g.masked()) {
+    sum_masked_gradient_rows(g, in.whole(), t, k[0], size, buffers, part, sum);
+  } else {
+    sum_gradient_rows(g, in, of_dy, t, k[0], size, buffers, part, sum, [](auto, int64_t) { return AllCounts(); });
   }
   if constexpr (kPackVectors<T> > 1) {
     for (double* s : sum) {

@@ -49,9 +49,9 @@ template <class T>
 using NormaliseCoefficients = Coefficients<Scalar<T>, 3>;
 
 // kCentred = false: every mean_hi of the row is zero and is not even loaded, which is a quarter of the loads. x - 0 is
-// x, so the bits are the same.
-template <class T, bool kCentred, bool kStream>
-inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c, int64_t c0) {
+// x, so the bits are the same. keep: a pattern of what counts, all else is written as zero; none if null.
+template <class T, bool kCentred, bool kStream, class Keep = std::nullptr_t>
+inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c, int64_t c0, Keep keep = nullptr) {
   constexpr int kN = kPack<T>, kVectors = kPackVectors<T>;
   for_vectors<kN>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kN];
@@ -61,6 +61,10 @@ inline void normalise_row(const T* x, T* y, int64_t n, const Scalar<T>* const* c
       VecC<T> k[3];
       for (int i = kCentred ? 0 : 1; i < 3; ++i) k[i] = load_raw<VecC<T>>(c[i] + c0 + v + u * Compute<T>::lanes);
       value[u] = kCentred ? normalise<T>(value[u], k[0], k[1], k[2]) : value[u] * k[1] + k[2];
+    }
+    if constexpr (!std::is_same<Keep, std::nullptr_t>::value) {
+      static_assert(kVectors == 1, "lanes as the pattern's bytes");
+      value[0] = keep_lanes(keep + v, value[0]);
     }
     if (kStream && !tail) return stream_pack(y + v, value);
     store_pack(tail ? buffer : y + v, value);
@@ -156,13 +160,20 @@ template <class T, class After>
                                         const Scalar<T>* const* c, bool stream, const After& after) {
   T buffer[kBlockColumns], whole[kBlockColumns];
   for (int64_t r = t.r0; r < t.r1; ++r) {
-    const T* const in = x.next_row(r, t.v0, t.n, buffer);
-    if constexpr (std::is_same<After, Unactivated>::value) {
-      normalise_row<T, true, false>(in, whole, t.n, c, 0);
+    const Pattern pattern(g, r);
+    T* const out = lead_row(g, y, r, t.v0);
+    if constexpr (!std::is_same<After, Unactivated>::value) {
+      after.row(g, x.next_row(r, t.v0, t.n, buffer), whole, t, r, false, c);
+      pattern.put(whole, t.n, out, stream);
+    } else if constexpr (kPackVectors<T> > 1) {
+      normalise_row<T, true, false>(x.next_whole_row(r, t.v0, t.n, buffer), whole, t.n, c, 0);
+      pattern.put(whole, t.n, out, stream);
     } else {
-      after.row(g, in, whole, t, r, false, c);
+      const T* const in = x.next_whole_row(r, t.v0, t.n, buffer);
+      for_streamed(stream, false, out, t.n, [&](auto streamed, int64_t v, int64_t n) {
+        normalise_row<T, true, decltype(streamed)::value>(in + v, out + v, n, c, v, pattern.data() + v);
+      });
     }
-    Pattern(g, r).put(whole, t.n, lead_row(g, y, r, t.v0), stream);
   }
 }
 

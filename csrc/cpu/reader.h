@@ -34,11 +34,12 @@ class Reader {
         base_(static_cast<const T*>(data)),
         direct_(data != nullptr && g.direct(operand)),
         masked_(data != nullptr && g.masked()),
-        apart_(direct_ && g.columns && g.block_cols() < g.cols && g.rows * g.cols * int64_t(sizeof(T)) > kStreamBytes) {
-  }
+        apart_(direct_ && g.columns && g.block_cols() < g.cols && g.elements() * int64_t(sizeof(T)) > kStreamBytes) {}
 
   bool direct() const { return direct_; }
   const Reader& in_order() const { return *this; }
+  // From now on rows have whatever lies where they do not count.
+  void read_whole() { masked_ = false; }
 
   // Columns [v0, v0 + n) of row r: in place, or gathered into `buffer` (n elements). What does not count is zero or, if
   // given, as `fill`.
@@ -53,7 +54,7 @@ class Reader {
     return masked_ ? masked_row(r, all, n, buffer, fill) : all;
   }
   // With whatever does not count.
-  const T* next_whole_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+  __attribute__((always_inline)) const T* next_whole_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
     if (apart_) {
       const int64_t bytes = n * int64_t(sizeof(T)), later = r + 1 + kPrefetchBytes / bytes;
       if (later < g_.rows) prefetch(base_ + g_.row_offset(k_, later) + v0, bytes);
@@ -83,7 +84,7 @@ class Reader {
     keep_columns(pattern, all, fill, n, buffer);
     return buffer;
   }
-  const T* whole_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+  __attribute__((always_inline)) const T* whole_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
     if (base_ == nullptr) return zeros();
     const T* row = base_ + g_.row_offset(k_, r);
     if (direct_) return row + v0;
@@ -122,6 +123,16 @@ struct Sources {
   // The same with dy in the order of memory, as sums in double read it.
   auto in_order() const { return Sources<T, kInputs, std::decay_t<decltype(dy.in_order())>>{dy.in_order(), rest}; }
 
+  // With whatever lies where rows do not count, unless dy is computed of them.
+  Sources whole() const {
+    Sources all = *this;
+    if constexpr (std::is_same<Dy, Reader<T>>::value) {
+      all.dy.read_whole();
+      for (Reader<T>& r : all.rest) r.read_whole();
+    }
+    return all;
+  }
+
   bool direct() const {
     return dy.direct() && std::all_of(rest.begin(), rest.end(), [](const Reader<T>& r) { return r.direct(); });
   }
@@ -142,19 +153,35 @@ struct Buffers {
   T rest[kInputs - 1][kSize];
 };
 
-inline bool streams(const Geometry& g, int64_t element_size) { return g.rows * g.cols * element_size > kStreamBytes; }
+inline bool streams(const Geometry& g, int64_t element_size) { return g.elements() * element_size > kStreamBytes; }
 inline bool streams_output(const Geometry& g, int64_t element_size) {
   return g.outer * g.channels * g.inner * element_size >= kStreamedOutput;
 }
 
+// What counts of the columns of `kRows` rows from r on: a byte a column, 0xff or 0.
+template <int kRows>
+class Patterns {
+ public:
+  Patterns(const Geometry& g, int64_t r) {
+    for (int j = 0; j < kRows; ++j) {
+      of_[j] = g.ragged->pattern(r + j, memory_[j]);
+      if (of_[j]) continue;
+      std::memset(memory_[j], 0xff, sizeof memory_[j]);
+      of_[j] = memory_[j];
+    }
+  }
+  const uint8_t* operator[](int j) const { return of_[j]; }
+
+ private:
+  uint8_t memory_[kRows][kBlockColumns];
+  const uint8_t* of_[kRows];
+};
+
 // What counts of the columns of row r.
 class Pattern {
  public:
-  Pattern(const Geometry& g, int64_t r) : p_(g.ragged->pattern(r, memory_)) {
-    if (p_) return;
-    std::memset(memory_, 0xff, sizeof memory_);
-    p_ = memory_;
-  }
+  Pattern(const Geometry& g, int64_t r) : of_(g, r), p_(of_[0]) {}
+  const uint8_t* data() const { return p_; }
   // From a row's n values into the row, with zeros where it does not count.
   template <class T>
   void put(const T* from, int64_t n, T* to, bool stream) const {
@@ -171,7 +198,7 @@ class Pattern {
   }
 
  private:
-  uint8_t memory_[kBlockColumns];
+  Patterns<1> of_;
   const uint8_t* p_;
 };
 
@@ -179,7 +206,9 @@ class Pattern {
 template <class T>
 struct Whole {
   const Reader<T>& rows;
-  const T* next_row(int64_t r, int64_t v0, int64_t n, T* buffer) const { return rows.next_whole_row(r, v0, n, buffer); }
+  __attribute__((always_inline)) const T* next_row(int64_t r, int64_t v0, int64_t n, T* buffer) const {
+    return rows.next_whole_row(r, v0, n, buffer);
+  }
 };
 template <class T>
 struct Filled {

@@ -34,12 +34,16 @@ struct ColumnTask {
   int64_t chunk, r0, r1, v0, n;
 };
 inline ColumnTask column_task(const Geometry& g, int64_t task) {
-  const int64_t blocks = g.col_blocks(), chunk = task / blocks, v0 = task % blocks * g.block_cols();
-  if (chunk == g.row_chunks()) return {chunk, g.rows, g.rows + 1, 0, g.tail_cols};
+  const int64_t blocks = g.col_blocks(), of_rows = g.row_chunks() * blocks;
+  if (task >= of_rows) {  // rows were joined, so that all columns are one block
+    const int64_t tail = task - of_rows, r0 = g.rows + tail * g.tail_chunk_rows();
+    return {g.row_chunks() + tail, r0, std::min(r0 + g.tail_chunk_rows(), g.rows + g.tail_rows), 0, g.tail_cols};
+  }
+  const int64_t chunk = task / blocks, v0 = task % blocks * g.block_cols();
   const int64_t r0 = chunk * g.chunk_rows();
   return {chunk, r0, std::min(r0 + g.chunk_rows(), g.rows), v0, std::min(g.block_cols(), g.cols - v0)};
 }
-inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + (g.tail_cols > 0); }
+inline int64_t column_tasks(const Geometry& g) { return g.row_chunks() * g.col_blocks() + g.tail_chunks(); }
 
 struct PlaneChunk {
   int64_t o0, o1, i0, n;  // n: at most, of each run
@@ -56,7 +60,10 @@ inline double chunk_count(const Geometry& g, int64_t chunk) {
     const PlaneChunk p = plane_chunk(g, chunk);
     return static_cast<double>(g.ragged ? g.ragged->chunk_values(chunk) : (p.o1 - p.o0) * p.n);
   }
-  if (chunk == g.row_chunks()) return static_cast<double>(g.tail_cols / g.channels);
+  if (chunk >= g.row_chunks()) {
+    const int64_t done = (chunk - g.row_chunks()) * g.tail_chunk_rows();
+    return static_cast<double>(std::min(g.tail_chunk_rows(), g.tail_rows - done) * (g.tail_cols / g.channels));
+  }
   const int64_t r0 = chunk * g.chunk_rows(), rows = std::min(g.chunk_rows(), g.rows - r0);
   if (g.masked()) return static_cast<double>(g.ragged->span_values(r0, r0 + rows));
   return static_cast<double>(rows * (g.by_span ? g.inner : g.fold));

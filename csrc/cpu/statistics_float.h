@@ -29,14 +29,28 @@ inline void flush_columns(int64_t n, float* sums, double* total) {
   }
 }
 
+struct AllCounts {};  // in the place of Patterns
+
+// The pack at `at` of row j, what does not count as zero.
+template <class V>
+inline V kept(const AllCounts&, int, int64_t, V value) {
+  return value;
+}
+template <class V, int kRows>
+__attribute__((always_inline)) inline V kept(const Patterns<kRows>& patterns, int j, int64_t at, V value) {
+  return keep_lanes(patterns[j] + at, value);
+}
+
 // Rows side by side are summed before they are added to f1 and f2.
-template <class T, int kRows>
-inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* shift, float* f1, float* f2) {
+template <class T, int kRows, class Counts>
+inline void accumulate_rows_float(const T* const* rows, int64_t n, const float* shift, float* f1, float* f2,
+                                  const Counts& counts) {
   for_vectors<kLanesF>(n, [&](int64_t v, auto tail) __attribute__((always_inline)) {
     T buffer[kLanesF];
     const VecF k = load_raw<VecF>(shift + v);
     const auto difference = [&](int j) __attribute__((always_inline)) {
-      return widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k;
+      return kept(counts, j, v,
+                  widen<kLanesF>(tail ? padded<kLanesF>(rows[j] + v, n - v, T(), buffer) : rows[j] + v) - k);
     };
     VecF a = difference(0), b = a * a;
     for (int j = 1; j < kRows; ++j) {
@@ -72,6 +86,37 @@ inline void column_shifts(const Geometry& g, const Reader<T>& x, const ColumnTas
   for (int64_t v = 0; v < t.n; ++v) shift[v] = shift[lead_column(g, v)];
 }
 
+// The sums of a task's rows into s1 and s2. counts(number of rows, first row): what of them counts.
+template <class T, class Counts>
+__attribute__((always_inline)) inline void sum_rows_float(const Geometry& g, const Reader<T>& x, const ColumnTask& t,
+                                                          const float* shift, T* buffer, float* f1, float* f2,
+                                                          double* s1, double* s2, const Counts& counts) {
+  const int64_t size = padded_size(t.n);
+  const bool stream = streams(g, sizeof(T));
+  const int64_t batch = stream ? kFlush : kFlush * kRowGroup;
+  for (int64_t r = t.r0; r < t.r1; r += batch) {
+    const int64_t end = std::min(r + batch, t.r1);
+    const auto body = [&](auto count, int64_t first, const T* const* rows) {
+      accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2, counts(count, first));
+    };
+    if (stream) {
+      for_row_groups<1>(Whole<T>{x}, r, end, t.v0, t.n, buffer, body);
+    } else {
+      for_row_groups<kRowGroup>(Whole<T>{x}, r, end, t.v0, t.n, buffer, body);
+    }
+    flush_columns(size, f1, s1);
+    flush_columns(size, f2, s2);
+  }
+}
+// Of rows that hold padding; apart, for the sake of the registers of the ones without.
+template <class T>
+[[gnu::noinline]] void sum_masked_rows_float(const Geometry& g, const Reader<T>& x, const ColumnTask& t,
+                                             const float* shift, T* buffer, float* f1, float* f2, double* s1,
+                                             double* s2) {
+  sum_rows_float(g, x, t, shift, buffer, f1, f2, s1, s2,
+                 [&](auto count, int64_t first) { return Patterns<decltype(count)::value>(g, first); });
+}
+
 template <class T>
 inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const ColumnTask& t, const Partials& partials) {
   alignas(64) float shift[kBlockColumns], f1[kBlockColumns], f2[kBlockColumns];
@@ -80,32 +125,19 @@ inline void columns_chunk_float(const Geometry& g, const Reader<T>& x, const Col
   const int64_t size = padded_size(t.n);
   for (float* f : {f1, f2}) std::fill(f, f + size, 0.0f);
   for (double* s : {s1, s2}) std::fill(s, s + size, 0.0);
-  T fill[kBlockColumns];
   if (g.masked()) {
+    T fill[kBlockColumns];
     span_shifts(g, x, t, kShiftRows, buffer, fill);
     for (int64_t v = 0; v < t.n; ++v) shift[v] = static_cast<float>(to_double(fill[v]));
     std::fill(shift + t.n, shift + size, 0.0f);
   } else {
     column_shifts(g, x, t, buffer, shift);
   }
-  const bool stream = streams(g, sizeof(T));
-  const int64_t batch = stream ? kFlush : kFlush * kRowGroup;
-  const auto sum = [&](const auto& from) __attribute__((always_inline)) {
-    for (int64_t r = t.r0; r < t.r1; r += batch) {
-      const int64_t end = std::min(r + batch, t.r1);
-      const auto body = [&](auto count, int64_t, const T* const* rows) {
-        accumulate_rows_float<T, decltype(count)::value>(rows, t.n, shift, f1, f2);
-      };
-      if (stream) {
-        for_row_groups<1>(from, r, end, t.v0, t.n, buffer, body);
-      } else {
-        for_row_groups<kRowGroup>(from, r, end, t.v0, t.n, buffer, body);
-      }
-      flush_columns(size, f1, s1);
-      flush_columns(size, f2, s2);
-    }
-  };
-  g.masked() ? sum(Filled<T>{x, fill}) : sum(Whole<T>{x});
+  if (g.masked()) {
+    sum_masked_rows_float(g, x, t, shift, buffer, f1, f2, s1, s2);
+  } else {
+    sum_rows_float(g, x, t, shift, buffer, f1, f2, s1, s2, [](auto, int64_t) { return AllCounts(); });
+  }
   bool unsafe[kBlockColumns];
   const bool any = store_columns(g, t, shift, s1, s2, partials, nullptr, unsafe);
   if (any) columns_chunk_double(g, x, t, partials, unsafe);

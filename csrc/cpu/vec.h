@@ -28,12 +28,25 @@ template <class V>
 inline V widen_bytes(const uint8_t* p) {
   constexpr int kN = sizeof(V) / sizeof(V{}[0]);
 #if BN_LEVEL >= 2
-  if constexpr (kN == 16) return (V)_mm512_maskz_cvtepi8_epi32(0xffff, load_raw<__m128i>(p));
-  if constexpr (kN == 8) return (V)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)p));
-#elif BN_LEVEL >= 1
-  if constexpr (kN == 8) return (V)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(V) == 64) {
+    if constexpr (kN == 16) return (V)_mm512_maskz_cvtepi8_epi32(0xffff, load_raw<__m128i>(p));
+    if constexpr (kN == 8) return (V)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)p));
+  }
+#endif
+#if BN_LEVEL >= 1
+  if constexpr (sizeof(V) == 32 && kN == 8) return (V)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(V) == 32 && kN == 16) return (V)_mm256_cvtepi8_epi16(load_raw<__m128i>(p));
 #endif
   return __builtin_convertvector(load_raw<Vec<int8_t, kN>>(p), V);
+}
+// The vector of integers of V's shape.
+template <class V, class E = std::decay_t<decltype(V{}[0])>>
+using BitsOf = Vec<std::conditional_t<sizeof(E) == 2, int16_t, std::conditional_t<sizeof(E) == 4, int32_t, int64_t>>,
+                   sizeof(V) / sizeof(E)>;
+// `value` where the pattern has 0xff, zeros where it has 0.
+template <class V>
+inline V keep_lanes(const uint8_t* pattern, V value) {
+  return (V)((BitsOf<V>)value & widen_bytes<BitsOf<V>>(pattern));
 }
 using VecD = Vec<double, kLanesD>;
 inline VecD square_root(VecD v) {
@@ -324,6 +337,16 @@ template <class T, class Tail>
 inline __attribute__((always_inline)) void load_pack_at(const T* p, int64_t at, int64_t left, Tail tail, VecC<T>* v) {
   T buffer[kPack<T>];
   load_pack(tail ? padded<kPack<T>>(p + at, left, T(), buffer) : p + at, v);
+}
+// The same, with zeros where the pattern has 0.
+template <class T, class Tail>
+inline __attribute__((always_inline)) void load_kept_pack(const T* p, const uint8_t* pattern, int64_t at, int64_t left,
+                                                          Tail tail, VecC<T>* v) {
+  using Bits = std::conditional_t<sizeof(T) == 2, int16_t, std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+  T buffer[kPack<T>], kept[kPack<T>];
+  const T* const from = tail ? padded<kPack<T>>(p + at, left, T(), buffer) : p + at;
+  store_raw(kept, keep_lanes(pattern + at, load_raw<Vec<Bits, kPack<T>>>(from)));
+  load_pack(kept, v);
 }
 
 // value - 0 is value, zeros' signs included: set lane by lane, GCC 12 makes one masked instruction of each.
