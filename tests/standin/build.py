@@ -13,7 +13,7 @@ import torch
 
 import nvcc
 from ptx.machine import MACHINE, _flags
-from simt.bridge import CACHE, SHARED, cache, compiled, compiler, linked
+from simt.bridge import CACHE, SHARED, cache, compiled, linked
 
 HERE = Path(__file__).resolve().parent
 # Entries of tests/ptx that the runtime's own ones stand before.
@@ -30,8 +30,7 @@ RENAMED = {
     "__cudaLaunchKernel": "machine_launch_kernel",
 }
 # What the driver answers; all its other entries refuse.
-DRIVER = """#include <cstdio>
-extern "C" int cuInit(unsigned) { return 0; }
+DRIVER = """extern "C" int cuInit(unsigned) { return 0; }
 extern "C" int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 extern "C" int cuDeviceGet(int* device, int) { return *device = 0, 0; }
 extern "C" int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) { return *flags = 0, *active = 1, 0; }
@@ -78,8 +77,8 @@ def refusals(wanted: set[str], have: set[str]) -> str:
     """An entry of each name that torch may call and the stand-in has not."""
     names = sorted({w.split("@")[0] for w in wanted if w.endswith("@libcudart.so.13")} - have)
     lines = [f'API int {name}() {{ return standin_refused("{name}"); }}' for name in names]
-    head = 'extern "C" int standin_refused(const char*);\n#define API extern "C" __attribute__((visibility("default")))\n'
-    return head + "\n".join(lines) + "\n"
+    api = 'extern "C" __attribute__((visibility("default")))'
+    return f"{api} int standin_refused(const char*);\n#define API {api}\n" + "\n".join(lines) + "\n"
 
 
 def driver(wanted: set[str]) -> str:
@@ -88,10 +87,7 @@ def driver(wanted: set[str]) -> str:
     names = {m.decode() for m in re.findall(rb"\0(cu[A-Z][A-Za-z0-9]+)(?=\0)", binary)}
     names |= {w for w in wanted if re.fullmatch(r"cu[A-Z][A-Za-z]+(_v\d+)?(_ptsz)?", w) and not OTHERS.match(w)}
     names -= set(re.findall(r"int (cu\w+)\(", DRIVER))
-    said = 'fprintf(stderr, "[standin] the driver has no {0}\\n")'
-    return DRIVER + "".join(
-        f'extern "C" int {name}() {{ return {said.format(name)}, 801; }}\n' for name in sorted(names)
-    )
+    return DRIVER + "".join(f'extern "C" int {name}() {{ return 801; }}\n' for name in sorted(names))
 
 
 def build() -> tuple[Path, Path, Path]:

@@ -159,7 +159,8 @@ std::vector<IValue> run_for_shapes(const Call& call) {
 }
 
 void keep_for_graph(std::shared_ptr<Call> call) {
-  call->aliases.pairs.clear();  // the graph's memory stays its own; tensors held here would keep it from being used again
+  call->aliases.pairs
+      .clear();  // the graph's memory stays its own; tensors held here would keep it from being used again
   standin_recorded(
       stream(), [](void* p) { (*static_cast<std::shared_ptr<Call>*>(p))->again(); },
       [](void* p) { delete static_cast<std::shared_ptr<Call>*>(p); }, new std::shared_ptr<Call>(std::move(call)));
@@ -216,13 +217,33 @@ void copy(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*
 
 // Kept as they are: what makes, views or moves storage.
 bool kept(const std::string& name) {
-  static const std::set<std::string> names{
-      "empty",           "empty_strided",    "as_strided",      "view",       "_reshape_alias",
-      "set_",            "resize_",          "resize_as_",      "unfold",     "_resize_output_",
-      "as_strided_",     "squeeze_",         "unsqueeze_",      "transpose_", "t_",
-      "swapaxes_",       "swapdims_",        "detach_",         "is_set_to",  "record_stream",
-      "view_as_complex", "view_as_real",     "is_pinned",       "alias",      "_pin_memory",
-      "_efficientzerotensor", "_nested_view_from_buffer"};
+  static const std::set<std::string> names{"empty",
+                                           "empty_strided",
+                                           "as_strided",
+                                           "view",
+                                           "_reshape_alias",
+                                           "set_",
+                                           "resize_",
+                                           "resize_as_",
+                                           "unfold",
+                                           "_resize_output_",
+                                           "as_strided_",
+                                           "squeeze_",
+                                           "unsqueeze_",
+                                           "transpose_",
+                                           "t_",
+                                           "swapaxes_",
+                                           "swapdims_",
+                                           "detach_",
+                                           "is_set_to",
+                                           "record_stream",
+                                           "view_as_complex",
+                                           "view_as_real",
+                                           "is_pinned",
+                                           "alias",
+                                           "_pin_memory",
+                                           "_efficientzerotensor",
+                                           "_nested_view_from_buffer"};
   return names.count(name.substr(name.find("::") + 2)) > 0;
 }
 

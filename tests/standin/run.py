@@ -1,30 +1,32 @@
 """Run every test for "cuda" on the stand-in, a process a file, and say what passed, was left out and failed.
 
-    python -m standin.run [--seconds 900] [FILE...]
+python -m standin.run [--seconds 900] [FILE...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from standin import build
+from standin import build, skips
 
 TESTS = Path(__file__).resolve().parents[1]
-# Files with tests that need torch's caching allocator (skips.py).
+WORDS = {"passed": "passed", "skipped": "left out", "failed": "failed"}
+# Files with tests that need torch.s caching allocator (skips.py).
 TWICE = ("test_cuda.py", "test_cuda_fusion.py")
 
 
 def files() -> list[Path]:
-    """Files that take the device fixture or name the GPU."""
-    return [p for p in sorted(TESTS.glob("test_*.py")) if "device: str" in (text := p.read_text()) or '"cuda:0"' in text]
+    """Files that take the device fixture or are for a GPU alone."""
+    found = sorted(TESTS.glob("test_*.py"))
+    return [p for p in found if "device: str" in p.read_text() or p.name in skips.CUDA_FILES]
 
 
 def run_file(path: Path, environment: dict[str, str], seconds: int, more: list[str]) -> tuple[list[list[str]], str]:
@@ -35,9 +37,8 @@ def run_file(path: Path, environment: dict[str, str], seconds: int, more: list[s
         variables = {**environment, "STANDIN_OUTCOMES": str(told), "OMP_NUM_THREADS": "1"}
         with open(Path(folder) / "log", "w+") as log:
             try:
-                done = subprocess.run(
-                    list(map(str, command)), cwd=TESTS, env=variables, stdout=log, stderr=log, timeout=seconds, check=False
-                )
+                options: dict[str, Any] = {"cwd": TESTS, "env": variables, "stdout": log, "stderr": log}
+                done = subprocess.run(list(map(str, command)), timeout=seconds, check=False, **options)
                 ended = "" if done.returncode in (0, 1, 5) else f"ended with status {done.returncode}"
             except subprocess.TimeoutExpired:
                 ended = f"was stopped after {seconds} s"
@@ -53,7 +54,8 @@ def summary(outcomes: list[list[str]], wrong: list[str], minutes: float) -> int:
     """Print it; return the exit status."""
     counts = Counter(outcome for _, outcome, *_ in outcomes)
     why = Counter(reason for _, outcome, reason, _ in outcomes if outcome == "skipped")
-    print(f"\n{counts['passed']} passed, {counts['skipped']} left out, {counts['failed']} failed, {minutes:.1f} minutes")
+    told = ", ".join(f"{counts[key]} {word}" for key, word in WORDS.items())
+    print(f"\n{told}, {minutes:.1f} minutes")
     for reason, count in why.most_common():
         print(f"  {count:5} left out: {reason}")
     for nodeid, outcome, reason, _ in outcomes:

@@ -12,15 +12,13 @@ CUDA_FILES = ("test_cuda.py", "test_cuda_fusion.py", "test_cuda_large.py", "test
 # Elements of the largest input: the interpreter does some million instructions a second.
 LARGEST = 1 << 17
 
-_REASONS = (
-    (r"test_cuda_large\.py", "large: beyond 2^31 elements or 65535 blocks"),
-)
+_REASONS = ((r"test_cuda_large\.py", "large: beyond 2^31 elements or 65535 blocks"),)
 # What reads the caching allocator's counters, or keeps memory for a graph: in a process of its own.
 _ALLOCATOR = re.compile(r"test_cuda(_fusion)?\.py::.*(graph|memory)")
 
 
 def needs_allocator(nodeid: str) -> bool:
-    """Whether a test needs torch's caching allocator; without it each tensor has bounds of its own, which are watched."""
+    """Whether a test needs torch's caching allocator; without it each tensor has bounds of its own."""
     return bool(_ALLOCATOR.search(nodeid))
 
 
