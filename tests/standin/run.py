@@ -19,7 +19,7 @@ from standin import build, skips
 
 TESTS = Path(__file__).resolve().parents[1]
 WORDS = {"passed": "passed", "skipped": "left out", "failed": "failed"}
-# Files with tests that need torch.s caching allocator (skips.py).
+# Files with tests that need torch's caching allocator (skips.py).
 TWICE = ("test_cuda.py", "test_cuda_fusion.py")
 
 
