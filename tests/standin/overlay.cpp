@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
@@ -26,12 +27,29 @@ size_t extent(const at::Tensor& t) {
   return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size());
 }
 
-void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+void each_tensor(const IValue& v, const std::function<void(const at::Tensor&)>& call) {
+  if (v.isTensor()) {
+    call(v.toTensor());
+  } else if (v.isTensorList()) {
+    for (const at::Tensor& t : v.toTensorVector()) call(t);
+  }
+}
+
+void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }  // of the device that a Guard has chosen
 
 bool capturing() {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream()), &status));
   return status == cudaStreamCaptureStatusActive;
+}
+
+// The device of a call's tensors, or the one that it names.
+void look_for_device(const IValue& v, c10::cuda::OptionalCUDAGuard* guard) {
+  if (guard->current_device()) return;
+  if (v.isDevice() && v.toDevice().is_cuda()) guard->set_device(v.toDevice());
+  each_tensor(v, [&](const at::Tensor& t) {
+    if (t.defined() && t.is_cuda() && !guard->current_device()) guard->set_device(t.device());
+  });
 }
 
 // Tensors of the host that lie where those of the device do. They own nothing.
@@ -87,15 +105,9 @@ IValue to_host(Aliases* aliases, const IValue& v, bool written) {
     return list;
   }
   if (v.isDevice() && v.toDevice().is_cuda()) return c10::Device(at::kCPU);
-  return v.isGenerator() ? IValue() : v;
-}
-
-void each_tensor(const IValue& v, const std::function<void(const at::Tensor&)>& call) {
-  if (v.isTensor()) {
-    call(v.toTensor());
-  } else if (v.isTensorList()) {
-    for (const at::Tensor& t : v.toTensorVector()) call(t);
-  }
+  if (!v.isGenerator()) return v;
+  TORCH_CHECK(v.toGenerator().device().is_cuda(), "Expected a 'cuda' device type for generator but found 'cpu'");
+  return IValue();
 }
 
 // One call of an operator, as the host sees it.
@@ -120,7 +132,8 @@ struct Call {
     at::Tensor device = aliases.device_of(host);
     made.push_back(nullptr);
     if (!device.defined()) {
-      device = at::empty_strided(host.sizes(), host.strides(), host.options().device(at::kCUDA, 0));
+      device = at::empty_strided(host.sizes(), host.strides(),
+                                 host.options().device(at::kCUDA, c10::cuda::current_device()));
       if (host.numel() > 0) transfer(made.back() = device.mutable_data_ptr(), host);
     } else if (aliases.empty.count(host.unsafeGetTensorImpl()) && host.numel() > 0) {
       device.resize_(host.sizes());
@@ -171,6 +184,8 @@ void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
   const size_t count = schema.arguments().size(), first = stack->size() - count;
   const auto call = std::make_shared<Call>(op);
   bool works = false;
+  c10::cuda::OptionalCUDAGuard guard;
+  for (size_t k = 0; k < count; ++k) look_for_device((*stack)[first + k], &guard);
   for (size_t k = 0; k < count; ++k) {
     const IValue& v = (*stack)[first + k];
     const auto* alias = schema.arguments()[k].alias_info();
@@ -195,6 +210,7 @@ void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
 void copy(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const bool non_blocking = stack->back().toBool();
   const at::Tensor source = (*stack)[stack->size() - 2].toTensor(), self = (*stack)[stack->size() - 3].toTensor();
+  const c10::cuda::CUDAGuard guard(self.is_cuda() ? self.device() : source.device());
   if (!self.is_cuda() && !non_blocking) c10::cuda::stream_synchronize(c10::cuda::getCurrentCUDAStream());
   stack->resize(stack->size() - 2);
   if (self.numel() == 0) return;

@@ -18,6 +18,7 @@ constexpr int kVersion = 13000;
 constexpr int kThreads = 1024, kThreadsPerSm = 2048, kRegisters = 65536;
 
 const bool says = getenv("STANDIN_SAY") != nullptr;
+thread_local int current = 0;
 bool logging = false;
 std::string logged;
 
@@ -39,7 +40,11 @@ int other_attribute(int* value, cudaDeviceAttr attribute) {
   }
 }
 
+bool is_device(int device) { return device >= 0 && device < kDevices; }
+
 }  // namespace
+
+int current_device() { return current; }
 
 void log(const std::string& name, void* stream) {
   const Lock lock(mutex());
@@ -61,35 +66,36 @@ std::string readable(const std::string& mangled) {
 
 using namespace standin;
 
-API cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+API cudaError_t cudaGetDeviceCount(int* count) { return *count = kDevices, cudaSuccess; }
+API cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
 API cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
+  if (!is_device(device)) return cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
+  return current = device, cudaSuccess;
 }
 API cudaError_t cudaDriverGetVersion(int* version) { return *version = kVersion, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { return *version = kVersion, cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0, cudaSuccess; }
-API cudaError_t cudaDeviceGetPCIBusId(char* id, int size, int) {
-  return snprintf(id, static_cast<size_t>(size), "0000:01:00.0"), cudaSuccess;
+API cudaError_t cudaDeviceGetPCIBusId(char* id, int size, int device) {
+  return snprintf(id, static_cast<size_t>(size), "0000:%02d:00.0", device + 1), cudaSuccess;
 }
 API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return *free = bytes_in_all() - bytes_used(), *total = bytes_in_all(), cudaSuccess;
 }
 API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* answer, const void* pointer) {
   *answer = {};
-  const bool there = on_device(pointer);
+  answer->device = device_of(pointer);
+  const bool there = answer->device >= 0;
   answer->type = there ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
-  answer->device = there ? 0 : -1;
   answer->devicePointer = there ? const_cast<void*>(pointer) : nullptr;
   return cudaSuccess;
 }
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
-  if (device != 0) return cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
+  if (!is_device(device)) return cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
   const int error = attribute(value, which);
   return cudaError_t(error == cudaSuccess ? error : other_attribute(value, which));
 }
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-  if (device != 0) return cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
+  if (!is_device(device)) return cudaError_t(failed(cudaErrorInvalidDevice, "invalid device ordinal"));
   memset(p, 0, sizeof *p);
   snprintf(p->name, sizeof p->name, "PTX on the CPU");
   p->totalGlobalMem = bytes_in_all();

@@ -20,7 +20,7 @@ from standin import build, skips
 TESTS = Path(__file__).resolve().parents[1]
 WORDS = {"passed": "passed", "skipped": "left out", "failed": "failed"}
 # Files with tests that need torch's caching allocator (skips.py).
-TWICE = ("test_cuda.py", "test_cuda_fusion.py")
+TWICE = ("test_bench_memory.py", "test_cuda.py", "test_cuda_fusion.py")
 
 
 def files() -> list[Path]:

@@ -33,7 +33,7 @@ struct Kept {
 
 int run(const cudaLaunchConfig_t& config, const void* function, void** arguments, const std::string& name) {
   std::string report;
-  const int error = launch(&config, function, arguments, &report);
+  const int error = launch(current_device(), &config, function, arguments, &report);
   if (const size_t end = report.find("}: "); report.rfind("{kernel ", 0) == 0 && end != std::string::npos) {
     report = name + ": " + report.substr(end + 3);
   }
@@ -53,6 +53,9 @@ cudaError_t launch_on_stream(const cudaLaunchConfig_t& config, const void* funct
   const auto at = kernels().find(function);
   if (at == kernels().end()) return cudaError_t(failed(cudaErrorInvalidDeviceFunction, "a function that is no kernel"));
   const std::string name = readable(at->second);
+  if (!of_this_device(config.stream)) {
+    return cudaError_t(failed(cudaErrorInvalidResourceHandle, name + ": a stream of another device"));
+  }
   if (name.find("spin_kernel") != std::string::npos) return fall_asleep(config.stream), cudaSuccess;
   if (!ours(at->second)) return cudaError_t(failed(cudaErrorNotSupported, "no PTX of torch's own kernel " + name));
   auto kept = std::make_shared<Kept>();
@@ -82,7 +85,7 @@ cudaError_t fill_on_stream(void* pointer, int value, size_t bytes, cudaStream_t 
 }
 
 cudaError_t allocated(void** pointer, size_t bytes) {
-  *pointer = allocate(bytes);
+  *pointer = allocate(bytes, current_device());
   return *pointer ? cudaSuccess : cudaError_t(failed(cudaErrorMemoryAllocation, "out of memory"));
 }
 

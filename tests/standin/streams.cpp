@@ -20,6 +20,7 @@ struct Graph {
 };
 
 struct Stream {
+  int device = 0;
   uint64_t asleep = 0, woken = 0;  // by the clock: its last sleep, and the last wait for it
   std::shared_ptr<Graph> graph;
 };
@@ -32,7 +33,7 @@ struct Event {
 
 uint64_t clock = 0;
 uintptr_t handles = 0x1000;
-std::map<void*, Stream> streams;  // nullptr: the default one
+std::map<void*, Stream> streams;
 std::map<void*, Event> events;
 std::map<void*, std::shared_ptr<Graph>> graphs;  // and what is instantiated of them
 
@@ -44,7 +45,12 @@ void* new_handle(Map* in) {
   return handle;
 }
 
-bool awake(void* stream, uint64_t since) { return since <= streams[stream].woken; }
+// The default one is that of the current device, under a handle that no other has.
+Stream& at(void* stream) {
+  return streams[stream ? stream : reinterpret_cast<void*>(uintptr_t{1} + static_cast<uintptr_t>(current_device()))];
+}
+
+bool awake(void* stream, uint64_t since) { return since <= at(stream).woken; }
 
 cudaError_t not_ready() { return cudaErrorNotReady; }
 
@@ -52,19 +58,22 @@ cudaError_t not_ready() { return cudaErrorNotReady; }
 
 bool recorded(void* stream, const Step& step) {
   const Lock lock(mutex());
-  const auto at = streams.find(stream);
-  if (at == streams.end() || !at->second.graph) return false;
-  at->second.graph->steps.push_back(step);
-  return true;
+  Stream& s = at(stream);
+  if (s.graph) s.graph->steps.push_back(step);
+  return s.graph != nullptr;
 }
 
 void fall_asleep(void* stream) {
   const Lock lock(mutex());
-  streams[stream].asleep = ++clock;
+  at(stream).asleep = ++clock;
 }
 void wake(void* stream) {
   const Lock lock(mutex());
-  streams[stream].woken = clock;
+  at(stream).woken = clock;
+}
+bool of_this_device(void* stream) {
+  const Lock lock(mutex());
+  return !stream || at(stream).device == current_device();
 }
 void wake_all() {
   const Lock lock(mutex());
@@ -79,6 +88,7 @@ using namespace standin;
 
 API cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   *stream = static_cast<cudaStream_t>(new_handle(&streams));
+  at(*stream).device = current_device();
   return cudaSuccess;
 }
 API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
@@ -92,7 +102,7 @@ API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wake(stream)
 API cudaError_t cudaDeviceSynchronize() { return wake_all(), cudaSuccess; }
 API cudaError_t cudaStreamQuery(cudaStream_t stream) {
   const Lock lock(mutex());
-  return awake(stream, streams[stream].asleep) ? cudaSuccess : not_ready();
+  return awake(stream, at(stream).asleep) ? cudaSuccess : not_ready();
 }
 API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
@@ -100,7 +110,7 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const Lock lock(mutex());
-  if (events[event].graph) streams[stream].graph = events[event].graph;  // it joins the capture
+  if (events[event].graph) at(stream).graph = events[event].graph;  // it joins the capture
   return cudaSuccess;
 }
 API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void* data) {
@@ -124,7 +134,7 @@ API cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const Lock lock(mutex());
-  events[event] = {stream, streams[stream].asleep, streams[stream].graph};
+  events[event] = {stream, at(stream).asleep, at(stream).graph};
   return cudaSuccess;
 }
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
@@ -147,13 +157,13 @@ API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent
 API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   const Lock lock(mutex());
   static unsigned long long id = 0;
-  if (streams[stream].graph) return cudaError_t(failed(cudaErrorIllegalState, "the stream is being captured"));
-  streams[stream].graph = std::make_shared<Graph>(Graph{++id, stream, {}});
+  if (at(stream).graph) return cudaError_t(failed(cudaErrorIllegalState, "the stream is being captured"));
+  at(stream).graph = std::make_shared<Graph>(Graph{++id, stream, {}});
   return cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const Lock lock(mutex());
-  const auto made = streams[stream].graph;
+  const auto made = at(stream).graph;
   *graph = nullptr;
   if (!made || made->first != stream) return cudaError_t(failed(cudaErrorIllegalState, "the capture is not its own"));
   for (auto& [handle, one] : streams) {
@@ -168,14 +178,14 @@ API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   const Lock lock(mutex());
-  *status = streams[stream].graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = at(stream).graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
                                          cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData**,
                                          size_t* count) {
   const Lock lock(mutex());
-  const auto made = streams[stream].graph;
+  const auto made = at(stream).graph;
   if (id) *id = made ? made->id : 0;
   if (graph) *graph = reinterpret_cast<cudaGraph_t>(made.get());
   if (nodes) *nodes = nullptr;
