@@ -130,7 +130,9 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": f"{runtime}:{cuda}",
         "STANDIN_PTX": ":".join(map(str, ptx_files())),
         "STANDIN_OVERLAY": str(overlay),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE.parent), str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
 
 

@@ -1,5 +1,5 @@
 // torch's own operators on "cuda" tensors without its kernels: device memory is the host's here, so that each operator
-// with a kernel for CUDA runs the CPU's, on aliases of its tensors. Loaded by plugin.py.
+// with a kernel for CUDA runs the CPU's, on aliases of its tensors. Loaded by site/sitecustomize.py.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/cuda/CUDAFunctions.h>

@@ -1,4 +1,4 @@
-"""pytest -p standin.plugin, in a process with the stand-in: torch's operators by the overlay, and which tests run."""
+"""pytest -p standin.plugin, in a process with the stand-in: which tests run, and how long one may."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ RUNTIME.standin_log_end.restype = ctypes.c_char_p
 SECONDS = int(os.environ.get("STANDIN_TEST_SECONDS", "180"))
 
 torch.cuda.init()
-torch.backends.cudnn.enabled = False  # native's batch norm on "cuda" is then an operator that the CPU knows too
-torch.ops.load_library(os.environ["STANDIN_OVERLAY"])
 
 
 def work_of(call: Callable[[], object]) -> list[tuple[int, str]]:

@@ -85,8 +85,9 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* answer, const vo
   *answer = {};
   answer->device = device_of(pointer);
   const bool there = answer->device >= 0;
-  answer->type = there ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  answer->type = there ? cudaMemoryTypeDevice : is_pinned(pointer) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
   answer->devicePointer = there ? const_cast<void*>(pointer) : nullptr;
+  if (answer->type == cudaMemoryTypeHost) answer->device = 0, answer->hostPointer = const_cast<void*>(pointer);
   return cudaSuccess;
 }
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {

@@ -21,6 +21,11 @@ std::map<const void*, std::string>& kernels() {  // host function -> name; fille
   return *all;
 }
 
+std::map<const void*, size_t>& pinned() {
+  static auto* const all = new std::map<const void*, size_t>;
+  return *all;
+}
+
 bool ours(const std::string& kernel) { return kernel.rfind("_ZN6bn_ext4cuda", 0) == 0; }
 
 // A launch as a graph keeps it.
@@ -108,6 +113,14 @@ int failed(int error, const std::string& why) {
   return error;
 }
 
+bool is_pinned(const void* pointer) {
+  const Lock lock(mutex());
+  auto after = pinned().upper_bound(pointer);
+  if (after == pinned().begin()) return false;
+  const auto& [begin, bytes] = *--after;
+  return pointer < static_cast<const char*>(begin) + bytes;
+}
+
 int perform(void* stream, const std::string& name, Step step) {
   const Lock lock(mutex());
   if (recorded(stream, step)) return cudaSuccess;
@@ -172,20 +185,27 @@ API cudaError_t cudaMalloc(void** pointer, size_t bytes) { return allocated(poin
 API cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) { return allocated(pointer, bytes); }
 API cudaError_t cudaFree(void* pointer) { return released(pointer); }
 API cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return released(pointer); }
+API cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+  const Lock lock(mutex());
+  return pinned()[pointer] = bytes, cudaSuccess;
+}
 API cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
   *pointer = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  if (*pointer) cudaHostRegister(*pointer, bytes, 0);
   return *pointer ? cudaSuccess : cudaError_t(failed(cudaErrorMemoryAllocation, "out of memory of the host"));
 }
 API cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaHostAlloc(pointer, bytes, 0); }
-API cudaError_t cudaFreeHost(void* pointer) { return free(pointer), cudaSuccess; }
-API cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
-API cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+API cudaError_t cudaHostUnregister(void* pointer) {
+  const Lock lock(mutex());
+  return pinned().erase(pointer), cudaSuccess;
+}
+API cudaError_t cudaFreeHost(void* pointer) { return cudaHostUnregister(pointer), free(pointer), cudaSuccess; }
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   wake(nullptr);
   return copy_on_stream(to, from, bytes, nullptr);
 }
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  if (!on_device(to)) wake(stream);  // into memory that is not pinned: it waits
+  if (!on_device(to) && !is_pinned(to)) wake(stream);  // such a copy waits
   return copy_on_stream(to, from, bytes, stream);
 }
 API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {

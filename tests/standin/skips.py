@@ -17,8 +17,9 @@ _REASONS = (
     (r"test_cuda_large\.py", "large: beyond 2^31 elements or 65535 blocks"),
     (r"test_cuda\.py::test_threads_with_streams_of_their_own", f"large: more than {LARGEST} elements"),
     (r"inductor|test_one_compilation_and_eagers_bits|test_torch_compile_with_the_default_backend", INDUCTOR),
+    (r"test_determinism\.py::test_repeated_runs", "large: minutes in each of two processes"),
     (r"test_checkpoint_tools\.py::test_programs", "TorchScript's compiler of kernels for a GPU"),
-    (r"test_cuda\.py::test_what_runs_where_blocks_cannot_wait", "a process of its own, without the overlay"),
+    (r"test_cuda\.py::test_what_runs_where_blocks_cannot_wait", f"large: more than {LARGEST} elements"),
 )
 # What reads the caching allocator's counters, or keeps memory for a graph: in a process of its own.
 _ALLOCATOR = re.compile(r"test_cuda(_fusion)?\.py::.*(graph|memory)|test_bench_memory")

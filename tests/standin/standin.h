@@ -44,6 +44,7 @@ std::string readable(const std::string& mangled);
 using Step = std::function<int()>;
 // Does a step now; or, where the stream is being captured, keeps it for the graph.
 int perform(void* stream, const std::string& name, Step step);
+bool is_pinned(const void* pointer);
 int failed(int error, const std::string& why);  // remembers both for cudaGetLastError and cudaGetErrorString
 
 // ---- streams.cpp ----
