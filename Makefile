@@ -29,7 +29,7 @@ help:
 	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make test-ptx  every case of tests/simt on every architecture, and every planted fault: an hour; PTX=90: one'
 	@echo 'make test-cuda-build  a CUDA build of torch (5 GB) and of the library, tested where there is no GPU: half an hour'
-	@echo 'make test-cuda-standin  the same on a stand-in for a GPU: every test for "cuda", an hour; FILES=tests/test_func.py'
+	@echo 'make test-cuda-standin  the same on a stand-in for a GPU: every test for "cuda", an hour; FILES=tests/test_func.py, FAULTS=1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
 	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-xeon'
@@ -67,7 +67,7 @@ test-cuda-build: cuda-built
 	cd tests && $(abspath $(CUDA_VENV))/bin/python -m pytest -q test_cuda_build.py test_devices.py test_guard.py
 
 test-cuda-standin: cuda-built
-	cd tests && $(abspath $(CUDA_VENV))/bin/python -m standin.run $(abspath $(FILES))
+	cd tests && $(abspath $(CUDA_VENV))/bin/python -m standin.$(if $(FAULTS),faults,run $(abspath $(FILES)))
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)

@@ -1,4 +1,4 @@
-"""In every Python with the stand-in: torch's operators by the overlay as soon as torch is there, as in no test's code."""
+"""In every Python with the stand-in: as soon as torch is there, its operators are the overlay's."""
 
 from __future__ import annotations
 
