@@ -130,6 +130,7 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": f"{runtime}:{cuda}",
         "STANDIN_PTX": ":".join(map(str, ptx_files())),
         "STANDIN_OVERLAY": str(overlay),
+        "NUMBA_DISABLE_CUDA": "1",  # torch's own testing tools ask it, and it asks the driver
         "PYTHONPATH": os.pathsep.join(
             [str(HERE.parent), str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),

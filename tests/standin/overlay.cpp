@@ -179,6 +179,17 @@ void keep_for_graph(std::shared_ptr<Call> call) {
       [](void* p) { delete static_cast<std::shared_ptr<Call>*>(p); }, new std::shared_ptr<Call>(std::move(call)));
 }
 
+// As torch's kernels for CUDA do, where the CPU's would take memory of another device.
+void check_devices(const c10::FunctionSchema& schema, const std::vector<IValue>& arguments) {
+  if (schema.name().find("batch_norm") == std::string::npos) return;
+  for (const IValue& v : arguments) {
+    each_tensor(v, [](const at::Tensor& t) {
+      TORCH_CHECK(!t.defined() || (t.is_cuda() && t.get_device() == c10::cuda::current_device()),
+                  "Expected all tensors to be on the same device, but found at least two devices");
+    });
+  }
+}
+
 void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const size_t count = schema.arguments().size(), first = stack->size() - count;
@@ -186,6 +197,7 @@ void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
   bool works = false;
   c10::cuda::OptionalCUDAGuard guard;
   for (size_t k = 0; k < count; ++k) look_for_device((*stack)[first + k], &guard);
+  check_devices(schema, {stack->end() - static_cast<std::ptrdiff_t>(count), stack->end()});
   for (size_t k = 0; k < count; ++k) {
     const IValue& v = (*stack)[first + k];
     const auto* alias = schema.arguments()[k].alias_info();

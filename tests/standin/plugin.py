@@ -22,6 +22,7 @@ RUNTIME.standin_log_end.restype = ctypes.c_char_p
 SECONDS = int(os.environ.get("STANDIN_TEST_SECONDS", "180"))
 
 torch.cuda.init()
+torch._C._jit_override_can_fuse_on_gpu(False)  # TorchScript would compile kernels for the GPU
 
 
 def work_of(call: Callable[[], object]) -> list[tuple[int, str]]:

@@ -18,7 +18,7 @@ _REASONS = (
     (r"test_cuda\.py::test_threads_with_streams_of_their_own", f"large: more than {LARGEST} elements"),
     (r"inductor|test_one_compilation_and_eagers_bits|test_torch_compile_with_the_default_backend", INDUCTOR),
     (r"test_determinism\.py::test_repeated_runs", "large: minutes in each of two processes"),
-    (r"test_checkpoint_tools\.py::test_programs", "TorchScript's compiler of kernels for a GPU"),
+    (r"sparse|quantised", "a sparse or quantised tensor, of which there can be no alias"),
     (r"test_cuda\.py::test_what_runs_where_blocks_cannot_wait", f"large: more than {LARGEST} elements"),
 )
 # What reads the caching allocator's counters, or keeps memory for a graph: in a process of its own.
