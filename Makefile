@@ -7,6 +7,8 @@ TORCH ?=
 VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 RESULT ?= bench/results/local
 SANITIZE ?= full
+CUDA_TORCH ?= 2.14.1
+CUDA_VENV ?= .venv-torch-$(CUDA_TORCH)
 TEST_JOBS ?= 2
 NAME ?= local
 
@@ -19,13 +21,15 @@ LIBRARY_SOURCES := setup.py pyproject.toml $(wildcard buildtools/*.py) \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.in[cl]')
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-ptx sanitize bench bench-all bench-compare lint docs format build clean distclean
+.PHONY: help demo test test-ptx test-cuda-build test-cuda-standin sanitize bench bench-all bench-compare lint docs format build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train the README network with both batch norms, then the short benchmark'
 	@echo 'make test    run every test; TORCH=2.14.1: against that torch, in $(VENV)-torch-2.14.1'
 	@echo 'make test-ptx  every case of tests/simt on every architecture, and every planted fault: an hour; PTX=90: one'
+	@echo 'make test-cuda-build  a CUDA build of torch (5 GB) and of the library, tested where there is no GPU: half an hour'
+	@echo 'make test-cuda-standin  the same on a stand-in for a GPU: every test for "cuda", an hour; FILES=tests/test_func.py, FAULTS=1'
 	@echo 'make sanitize  fuzzers and CPU tests under the sanitizers of the compiler: an hour; SANITIZE=quick: six minutes'
 	@echo 'make bench   run the full benchmark into $(RESULT).jsonl and .png'
 	@echo 'make bench-all  every result file that README.md and docs/ quote, on a quiet machine; NAME=cpu-xeon'
@@ -52,6 +56,18 @@ test-ptx: $(STAMPS)/test $(STAMPS)/built
 	  -n $(TEST_JOBS) $(filter-out %runtime.py,$(notdir $(wildcard tests/test_simt_*.py))) || exit 1; done
 	cd tests && BN_EXT_EVERY_ARCH=1 BN_EXT_PTX_FAULTS=all $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile \
 	  test_ptx_sources.py test_cuda_compile.py
+
+# With a CUDA build of torch, as PyPI's is, in an environment of its own. One architecture: each takes nvcc minutes.
+.PHONY: cuda-built
+cuda-built:
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} FORCE_CUDA=1 $(MAKE) TORCH=$(CUDA_TORCH) VENV=$(CUDA_VENV) \
+	  $(CUDA_VENV)/.bn_ext/test $(CUDA_VENV)/.bn_ext/built
+
+test-cuda-build: cuda-built
+	cd tests && $(abspath $(CUDA_VENV))/bin/python -m pytest -q test_cuda_build.py test_devices.py test_guard.py
+
+test-cuda-standin: cuda-built
+	cd tests && $(abspath $(CUDA_VENV))/bin/python -m standin.$(if $(FAULTS),faults,run $(abspath $(FILES)))
 
 sanitize: $(STAMPS)/test
 	PYTHON=$(PY) scripts/sanitize.sh $(SANITIZE)

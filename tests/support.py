@@ -53,7 +53,8 @@ def normal(
 ) -> Tensor:
     """Normal values that depend on the arguments only; drawn on the CPU so that every device sees the same ones."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    drawn_in = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn = torch.randn(shape, generator=generator, dtype=drawn_in, device="cpu")
     return drawn.mul_(std).add_(mean).to(device=device, dtype=dtype)
 
 

@@ -33,7 +33,7 @@ def test_bytes_counted_by_hand(device: str) -> None:
         held.clear()
         zeros(200)
 
-    measure = memory.measure_cuda if device == "cuda" else memory.measure_cpu
+    measure = memory.measure_cuda if device.startswith("cuda") else memory.measure_cpu
     found = measure(forward, rest)
     # torch.cuda counts in blocks of 512 bytes, of which these are multiples.
     assert (found.after_forward, found.peak) == (110 * 1024, 1110 * 1024)

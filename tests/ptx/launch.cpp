@@ -17,6 +17,8 @@ int chosen = 0, architecture = 0;
 bool contracts = false;
 uint64_t seed = 0;
 
+}  // namespace
+
 Kernel* kernel_of(const void* function) {
   const auto at = names().find(function);
   if (at == names().end()) fail("a launch of a function that nobody registered");
@@ -27,6 +29,8 @@ Kernel* kernel_of(const void* function) {
   }
   fail("sm_" + std::to_string(architecture) + " has no PTX of " + at->second);
 }
+
+namespace {
 
 // The two words of cooperative groups' barrier, as a buffer that is not counted.
 simt::Buffer* grid_words() {

@@ -148,6 +148,9 @@ void join_block(Block& b);
 void join_cluster(Launch& l, uint32_t first);
 void check_end_of_shared(Thread& t);
 
+// launch.cpp
+Kernel* kernel_of(const void* function);  // that the host object registered; throws where there is none
+
 // scheduler.cpp
 void run_launch(Launch& l, uint64_t seed);
 void cluster_arrive(Thread& t);
