@@ -118,7 +118,7 @@ def build() -> tuple[Path, Path, Path]:
 def ptx_files() -> list[Path]:
     """nvcc's PTX of the kernels for sm_90, an element type each."""
     sources = sorted((nvcc.ROOT / "csrc" / "cuda").glob("*.cu"))
-    folders = nvcc.compile_all(nvcc.toolkit_or_skip(), {source: (90,) for source in sources})
+    folders = nvcc.compile_all(nvcc.toolkit_or_skip(), dict.fromkeys(sources, (90,)))
     return [folder / "90.ptx" for folder in folders.values()]
 
 
