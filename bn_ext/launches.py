@@ -4,7 +4,9 @@
     python -m bn_ext.launches --shape 64 128 1024 --layout nlc --pass backward --device cuda:0 --bandwidth 4300
 
 It is the very plan that the operators launch by (csrc/cuda/plan.h). Bytes are of tensors alone: per-channel vectors and
-partial results are left out, the latter are the workspace. The time is these bytes over a bandwidth, and no more.
+partial results are left out, the latter are the workspace. Two times are told, and which of them is the limit: that of
+these bytes at a bandwidth, and that of issuing the instructions which nvcc's code executes for them (docs/gpu.md), four
+an SM and clock. Launching, and the meeting of blocks, are in neither.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ LAYOUTS = ("contiguous", "nlc")
 class Device:
     """The figures of a GPU that a plan depends on; capability is 10 * major + minor, memory is in bytes.
 
-    bandwidth is in GB/s (1e9 bytes) as the product's data sheet has it, None where that is not known.
+    bandwidth is in GB/s (1e9 bytes), clock in GHz, as the product's data sheet has them, None where that is not known.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Device:
     bandwidth: float | None = None
     reserved_per_block: int = 1024
     cooperative: bool = True
+    clock: float | None = None
 
     def figures(self) -> dict[str, int | bool]:
         """Return what _C.launch_plan takes."""
@@ -49,20 +52,32 @@ class Device:
 
 
 _K = 1024
-# Limits: CUDA programming guide, "Compute capabilities". SMs and bandwidth: the products' data sheets.
+# Limits: CUDA programming guide, "Compute capabilities". SMs, bandwidth and the boosted clock: the products' data sheets,
+# of H100, H200 and B200 the clock that their float32 rate means for 128 lanes an SM.
 PRESETS = {
     preset.name: preset
     for preset in (
-        Device("T4", 75, 40, 64 * _K, 64 * _K, 320.0, reserved_per_block=0),
-        Device("A100", 80, 108, 164 * _K, 163 * _K, 2039.0),  # 80 GB, SXM
-        Device("RTX 3090", 86, 82, 100 * _K, 99 * _K, 936.0),
-        Device("RTX 4090", 89, 128, 100 * _K, 99 * _K, 1008.0),
-        Device("H100", 90, 132, 228 * _K, 227 * _K, 3350.0),  # SXM
-        Device("H200", 90, 132, 228 * _K, 227 * _K, 4800.0),
-        Device("B200", 100, 148, 228 * _K, 227 * _K, 8000.0),
-        Device("RTX 5090", 120, 170, 100 * _K, 99 * _K, 1792.0),
+        Device("T4", 75, 40, 64 * _K, 64 * _K, 320.0, reserved_per_block=0, clock=1.59),
+        Device("A100", 80, 108, 164 * _K, 163 * _K, 2039.0, clock=1.41),  # 80 GB, SXM
+        Device("RTX 3090", 86, 82, 100 * _K, 99 * _K, 936.0, clock=1.70),
+        Device("RTX 4090", 89, 128, 100 * _K, 99 * _K, 1008.0, clock=2.52),
+        Device("H100", 90, 132, 228 * _K, 227 * _K, 3350.0, clock=1.98),  # SXM
+        Device("H200", 90, 132, 228 * _K, 227 * _K, 4800.0, clock=1.98),
+        Device("B200", 100, 148, 228 * _K, 227 * _K, 8000.0, clock=1.98),
+        Device("RTX 5090", 120, 170, 100 * _K, 99 * _K, 1792.0, clock=2.41),
     )
 }
+
+
+# A thread's instructions for 16 bytes of tensors moved, in the walk that takes most (docs/gpu.md).
+_OF_16_BITS = {"forward": 54.0, "inference": 38.5, "backward": 43.4, "inference_backward": 42.1}
+INSTRUCTIONS = {
+    "float32": {"forward": 26.3, "inference": 21.0, "backward": 22.1, "inference_backward": 20.4},
+    "float64": {"forward": 19.6, "inference": 17.1, "backward": 17.7, "inference_backward": 17.0},
+    "bfloat16": _OF_16_BITS,
+    "float16": _OF_16_BITS,
+}
+_SCHEDULERS = 4  # of an SM, an instruction of a warp each a clock
 
 
 def _plain(name: str) -> str:
@@ -89,10 +104,12 @@ def device(name: str) -> Device:
         index = torch.device(name).index
         figures = _C.query_device(torch.cuda.current_device() if index is None else index)
         title = torch.cuda.get_device_name(name)
+        kilohertz = getattr(torch.cuda.get_device_properties(name), "clock_rate", None)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name}: {error}") from error
     known = {preset.bandwidth for preset in PRESETS.values() if preset.name in title}
-    return Device(name=title, bandwidth=known.pop() if len(known) == 1 else None, **figures)
+    clock = kilohertz / 1e6 if kilohertz else None
+    return Device(name=title, bandwidth=known.pop() if len(known) == 1 else None, clock=clock, **figures)
 
 
 def operand(like: Tensor) -> tuple[int, int, int, int]:
@@ -154,13 +171,23 @@ def size(value: float) -> str:
     return f"{value:.3g} {units[0]}" if value < 999.5 else f"{value:.0f} {units[0]}"
 
 
-def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float) -> dict[str, str]:
+def issue_time(pass_: str, dtype: str, moved: int, on: Device) -> float | None:
+    """Return the microseconds that issuing a pass's instructions takes for `moved` bytes of tensors; None: no clock."""
+    if on.clock is None:
+        return None
+    accesses = moved / (16 * 32)  # of a warp
+    return INSTRUCTIONS[dtype][pass_] * accesses / (on.sms * _SCHEDULERS * on.clock * 1e3)
+
+
+def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float, on: Device) -> dict[str, str]:
     """Return one column of the table, heading -> text, for a plan over tensors like `like`, at `bandwidth` GB/s."""
     item, whole = like.element_size(), like.numel() * like.element_size()
     inputs = ("x",) if "backward" not in pass_ else ("x", "dy")
     written = "y" if "backward" not in pass_ else "dx"
     each = plan["read_bytes"] / len(inputs)  # x and dy are read alike
     moved = plan["read_bytes"] + plan["write_bytes"]
+    of_bytes, of_issue = moved / bandwidth / 1e3, issue_time(pass_, str(like.dtype).removeprefix("torch."), moved, on)
+    limit = "-" if of_issue is None else "instructions" if of_issue > of_bytes else "memory"
     return {
         "launches": str(plan["launches"]),
         "exchange": plan["exchange"] + (", pooled" if plan["pooled"] else ""),
@@ -172,7 +199,9 @@ def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float) -> d
         "workspace": size(plan["workspace_bytes"]) if plan["workspace_bytes"] else "-",
         **{f"reads {t}": f"{size(each)} ({each / whole:.2f} times)" if t in inputs else "-" for t in ("x", "dy")},
         **{f"writes {t}": size(plan["write_bytes"]) if t == written else "-" for t in ("y", "dx")},
-        "time implied": f"{moved / bandwidth / 1e3:.1f} us",
+        "time implied": f"{of_bytes:.1f} us",
+        "time to issue": "-" if of_issue is None else f"{of_issue:.1f} us",
+        "limit": limit,
     }
 
 
@@ -207,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         if bandwidth <= 0:
             raise ValueError("the bandwidth should be positive")
         passes = args.passes or list(PASSES)
-        columns = {name: lines(name, plan_of(name, on, like), like, bandwidth) for name in passes}
+        columns = {name: lines(name, plan_of(name, on, like), like, bandwidth, on) for name in passes}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

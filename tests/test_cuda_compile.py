@@ -86,13 +86,20 @@ def assemble(home: Path, ptx: Path, arch: int) -> str:
     return report.read_text()
 
 
+# By type, what ptxas assembles in `make test`, at most of a minute each; `make test-ptx` has it assemble all.
+ASSEMBLED = {"float32": (75, 90, 100), "bfloat16": (90,)}
+
+
 def archs_of(source: Path) -> tuple[int, ...]:
-    return tuple(arch for family in nvcc.families_of(source) for arch in FAMILIES[family])
+    return ARCHS if nvcc.EVERY else ASSEMBLED.get(source.stem, ())
 
 
 def compile_sources(home: Path, wanted: dict[Path, tuple[int, ...]]) -> dict[Path, Compiled]:
     """Compile each to PTX, which tests/ptx runs too, and that for its architectures, as nvcc itself does."""
-    families = {s: [f for f, all_of in FAMILIES.items() if set(all_of) & set(archs)] for s, archs in wanted.items()}
+    families = {
+        s: [f for f, all_of in FAMILIES.items() if set(all_of) & set(archs)] or list(nvcc.families_of(s))
+        for s, archs in wanted.items()
+    }
     folders = nvcc.compile_all(home, families)
     jobs = [
         (s, folders[s] / f"{f}.ptx", a) for s, archs in wanted.items() for f in families[s] for a in FAMILIES[f]
@@ -168,7 +175,8 @@ def check_vector_paths(result: Compiled) -> None:
 
 @pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
 def test_compiles_for_every_architecture(compiled: dict[Path, Compiled], source: Path) -> None:
-    assert set(compiled[source].ptx) == set(nvcc.families_of(source))
+    assert set(compiled[source].ptx) <= set(nvcc.families_of(source))
+    assert compiled[source].ptx
     kernels = {u.name for u in compiled[source].usages}
     for arch in archs_of(source):
         assert {u.name for u in compiled[source].usages if u.arch == arch} == kernels
@@ -176,6 +184,8 @@ def test_compiles_for_every_architecture(compiled: dict[Path, Compiled], source:
 
 @pytest.mark.parametrize("source", SOURCES or [NONE_YET], ids=name_of)
 def test_no_spills_and_no_stack(compiled: dict[Path, Compiled], source: Path) -> None:
+    if not archs_of(source):
+        pytest.skip("`make test-ptx` has ptxas assemble this type")
     assert spills(compiled[source].usages) == []
 
 

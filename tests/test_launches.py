@@ -131,7 +131,36 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["reads x"] == found["reads dy"] and found["writes y"] == "-"
     assert found["reads x"].endswith(f"({plan['read_bytes'] / 2 / like.nbytes:.2f} times)")
     assert found["writes dx"] == "16.8 MB"
-    assert found["time implied"] == f"{(plan['read_bytes'] + plan['write_bytes']) / 500e9 * 1e6:.1f} us"
+    moved = plan["read_bytes"] + plan["write_bytes"]
+    assert found["time implied"] == f"{moved / 500e9 * 1e6:.1f} us"
+    issued = moved / 512 * launches.INSTRUCTIONS["bfloat16"]["backward"] / (128 * 4 * 2.52e9)
+    assert found["time to issue"] == f"{issued * 1e6:.1f} us" and found["limit"] == "memory"
+
+
+def test_where_instructions_are_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shape", "65536", "1024", "--dtype", "bfloat16", "--device", "H200", "--pass", "forward"]
+    for bandwidth, limit in (("9000", "memory"), ("11000", "instructions")):  # 54 of them: 132 * 4 * 1.98e9 / 54 * 512
+        assert launches.main([*arguments, "--bandwidth", bandwidth]) == 0
+        assert rows(capsys.readouterr().out)["limit"] == limit
+
+
+def test_a_device_without_a_known_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(launches, "device", lambda name: launches.Device("X", 90, 132, 1 << 17, 1 << 16, 100.0))
+    assert launches.main(["--shape", "32", "64", "--pass", "forward"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["time to issue"] == "-" and found["limit"] == "-"
+
+
+def test_instructions_are_those_of_the_page() -> None:
+    page = Path(__file__).parents[1] / "docs" / "gpu.md"
+    if not page.exists():
+        pytest.skip("there is no docs/ beside these tests")
+    most: dict[tuple[str, str], float] = {}
+    for line in re.findall(r"^\| (\w+) \| (\w+) \| \w+ \|(.*)$", page.read_text(), re.M):
+        most[line[:2]] = max(most.get(line[:2], 0.0), float(line[2].split("|")[5]))
+    for dtype, by_pass in launches.INSTRUCTIONS.items():
+        for name, count in by_pass.items():
+            assert most["bfloat16" if dtype == "float16" else dtype, name] == count, (dtype, name)
 
 
 def test_the_command() -> None:

@@ -31,6 +31,7 @@ inline V widen_bytes(const uint8_t* p) {
   if constexpr (sizeof(V) == 64) {
     if constexpr (kN == 16) return (V)_mm512_maskz_cvtepi8_epi32(0xffff, load_raw<__m128i>(p));
     if constexpr (kN == 8) return (V)_mm512_maskz_cvtepi8_epi64(0xff, _mm_loadl_epi64((const __m128i*)p));
+    if constexpr (kN == 32) return (V)_mm512_maskz_cvtepi8_epi16(0xffffffff, load_raw<__m256i>(p));
   }
 #endif
 #if BN_LEVEL >= 1

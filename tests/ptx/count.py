@@ -20,6 +20,7 @@ from simt.backend import ARCHITECTURES, backend, running_on
 from simt.calls import Inputs, Pass
 from simt.operators import library
 from simt_support import WALKS, make, run
+from support import name_of
 
 CLASSES = ("fp32", "fp64", "integer", "memory", "other")
 TENSORS = ("x", "y", "dy", "dx", "gg_x", "grad_dy")
@@ -75,11 +76,14 @@ def activated(dtype: torch.dtype) -> Iterator[tuple[str, ...]]:
 
 def page() -> list[str]:
     """The table of docs/gpu.md."""
-    lines = ["| pass | walk | fp32 | fp64 | integer | memory | other | all | banks |", "| --- " * 9 + "|"]
+    lines = ["| type | pass | walk | fp32 | fp64 | integer | memory | other | all | banks |", "| --- " * 10 + "|"]
     with running_on(90):
-        for row in (*plain(torch.float32, "none"), *activated(torch.float32)):
-            cells = dict(zip(HEAD, row, strict=True))
-            lines.append("| " + " | ".join(cells[k] for k in ("pass", "walk", *CLASSES, "all", "banks")) + " |")
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for row in (*plain(dtype, "none"), *activated(dtype)):
+                cells = {"type": name_of(dtype)} | dict(zip(HEAD, row, strict=True))
+                wanted = ("type", "pass", "walk", *CLASSES, "all", "banks")
+                if dtype == torch.float32 or cells["walk"] in ("planes", "columns"):
+                    lines.append("| " + " | ".join(cells[k] for k in wanted) + " |")
     return lines
 
 
