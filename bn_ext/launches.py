@@ -52,8 +52,8 @@ class Device:
 
 
 _K = 1024
-# Limits: CUDA programming guide, "Compute capabilities". SMs, bandwidth and boosted clock: the products' data sheets, of
-# H100, H200 and B200 the clock that their float32 rate means for 128 lanes an SM.
+# Limits: CUDA programming guide, "Compute capabilities". SMs, bandwidth and boosted clock: the products' data sheets;
+# of H100, H200 and B200 the clock is what their float32 rate means for 128 lanes an SM.
 PRESETS = {
     preset.name: preset
     for preset in (
