@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NAME = "cpu-xeon"  # what the names of the files begin with that the pages quote
+ELSEWHERE = {"-2t-kinds": "cpu-epyc", "-sequences": "cpu-epyc", "-small-batches": "cpu-epyc"}  # of another machine
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIRST_ORDER = ("forward", "forward_backward", "eval")
 KIND_OF_FUSION = {"bn+relu": "relu", "bn+add+relu": "add, relu"}
@@ -40,8 +41,12 @@ class Results:
     def __init__(self, name: str, folder: Path = RESULTS) -> None:
         self.name, self.folder = name, folder
 
+    def path(self, part: str) -> Path:
+        name = ELSEWHERE.get(part, self.name) if self.name == NAME else self.name
+        return self.folder / f"{name}{part}.jsonl"
+
     def records(self, part: str) -> list[Record]:
-        text = (self.folder / f"{self.name}{part}.jsonl").read_text(encoding="utf-8")
+        text = self.path(part).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     def rows(self, part: str) -> dict[tuple[str, str], Row]:
@@ -315,7 +320,8 @@ def slower(results: Results) -> str:
 def files(results: Results) -> str:
     """Of what commit each file is, and whether the machine had other work."""
     lines = []
-    for path in sorted(results.folder.glob(f"{results.name}-*.jsonl")):
+    paths = set(results.folder.glob(f"{results.name}-*.jsonl")) | {results.path(part) for part in ELSEWHERE}
+    for path in sorted(path for path in paths if path.exists()):
         first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
         state = "busy" if busy(first) else "quiet"
         lines.append([f"`{path.name}`", f"`{first['commit']}`", first["timestamp"][:10], f"{first['torch']}", state])
