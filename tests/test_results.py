@@ -51,7 +51,8 @@ def test_every_quoted_file_is_there() -> None:
 
 
 def test_every_quoted_file_is_measured_by_bench_all() -> None:
-    made = {f"{tables.NAME}{part.name}" for part in bench_all.PARTS}
+    quoted = tables.Results(tables.NAME)
+    made = {quoted.path(part.name).stem for part in bench_all.PARTS}
     assert {file.stem for file in FILES} <= made
 
 
