@@ -149,6 +149,36 @@ def test_what_counts_is_normalised_as_if_alone(
         assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["lengths", "left padded", "any"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("name", ["short", "middle", "runs"])
+def test_no_bit_depends_on_what_lies_there(device: str, name: str, layout: str, kind: str, training: bool) -> None:
+    """Infinities, what overflows when it is squared, and subnormal numbers; rows are read whole where they are short."""
+    shape = shape_named(name, 12)
+    valid, where = positions_of(shape, kind)
+
+    def results(there: float) -> list[Tensor]:
+        norm = norm_of(device, 12).train(training)
+        x, g = (
+            normal(shape, device=device, seed=seed).masked_fill(~where[:, None].to(device), there) for seed in (1, 2)
+        )
+        x = LAYOUTS[layout](x).requires_grad_()
+        y = norm(x, **on(device, valid))
+        return [
+            y.detach(),
+            *torch.autograd.grad(y, (x, norm.weight, norm.bias), g),
+            norm.running_mean,
+            norm.running_var,
+        ]
+
+    right = results(0.0)
+    for there in (math.inf, -math.inf, 3e38, 1e-41):
+        for found, expected in zip(results(there), right, strict=True):
+            assert torch.equal(found, expected), there
+
+
 @pytest.mark.parametrize("momentum", [0.2, None])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)

@@ -202,7 +202,7 @@ class Pattern {
   const uint8_t* p_;
 };
 
-// What for_row_groups reads: rows in which all counts; rows with what does not count as `fill`.
+// What for_row_groups reads: rows with whatever lies where they do not count; rows with `fill` there.
 template <class T>
 struct Whole {
   const Reader<T>& rows;
