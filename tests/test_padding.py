@@ -155,7 +155,7 @@ def test_what_counts_is_normalised_as_if_alone(
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("name", ["short", "middle", "runs"])
 def test_no_bit_depends_on_what_lies_there(device: str, name: str, layout: str, kind: str, training: bool) -> None:
-    """Infinities, what overflows when it is squared, and subnormal numbers; rows are read whole where they are short."""
+    """Infinities, what overflows when it is squared, and subnormal numbers; short rows are read whole."""
     shape = shape_named(name, 12)
     valid, where = positions_of(shape, kind)
 
