@@ -13,6 +13,8 @@ namespace bn_ext {
 // along the inner dimension or, for columns, as rows.
 class Ragged {
  public:
+  static constexpr int64_t kPatternRoom = 32;  // what is read behind a pattern's end, a vector's lanes at a time
+
   struct Run {
     int64_t outer, begin, length;
     int64_t before, behind;  // what does not count up to the run before, and behind the last one
@@ -91,7 +93,7 @@ class Ragged {
       begin_[o + 1] = begin_[o] + values;
     }
     if (!valid_.lengths || swapped_) return;
-    patterns_.reset(new uint8_t[(inner_ + 1) * columns]());
+    patterns_.reset(new uint8_t[(inner_ + 1) * columns + kPatternRoom]());
     for (int64_t length = 1; length <= inner_; ++length) {
       for (int64_t v = 0; v < columns; v += inner_) std::memset(patterns_.get() + length * columns + v, 0xff, length);
     }
