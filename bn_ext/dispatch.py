@@ -22,6 +22,7 @@ from torch._C._functorch import (
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import TorchFunctionMetadataMode
 from torch.utils._device import DeviceContext
 
 from . import autograd, ops
@@ -56,8 +57,8 @@ def is_foreign(input: Tensor) -> bool:
 
 _function_modes = torch._C._len_torch_function_stack
 
-# Modes that do not care which batch norm runs: torch.set_default_device's, and recompute.py's.
-QUIET: set[type] = {DeviceContext}
+# Modes that do not care which batch norm runs: torch.set_default_device's, make_fx's, and recompute.py's.
+QUIET: set[type] = {DeviceContext, TorchFunctionMetadataMode}
 
 
 def modes_listen() -> bool:

@@ -21,7 +21,7 @@ from torch.overrides import (
 from .activation import activate, check_activation, check_call, finish
 from .batches import checked_virtual_batch_size, piece_by_piece
 from .dispatch import KNOWN, choose, modes_listen, restored_on_error
-from .padding import check_padded, checked_valid, gathered, masked
+from .padding import check_padded, checked_valid, masked, trained
 from .ragged import is_ragged, of_values
 from .renorm import batch_renorm
 
@@ -116,7 +116,7 @@ def batch_norm(
             momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope, inplace=inplace,
             virtual_batch_size=virtual_batch_size,
         )  # fmt: skip
-        return of_values(call, input, lengths, mask, residual)  # type: ignore[no-any-return]
+        return of_values(call, input, lengths, mask, residual, virtual_batch_size is not None)  # type: ignore[no-any-return]
     virtual_batch_size = checked_virtual_batch_size(virtual_batch_size)
     plain = residual is None and activation is None and not inplace
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
@@ -145,7 +145,7 @@ def batch_norm(
     whole = native
     if valid is not None:
         check_padded(input, valid)
-        whole = partial(gathered if training else masked, native)
+        whole = partial(trained if training else masked, native)
     with restored_on_error(*((running_mean, running_var) if training else ())):
         output = piece_by_piece(whole, input, size, valid)
         return finish(output, input, residual, activation, negative_slope, inplace, valid)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .batches import checked_virtual_batch_size, has_single_value, piece_by_piece
 from .dispatch import choose, restored_on_error
 from .functional import kernels_beneath_modes
-from .padding import check_padded, checked_valid, gathered, masked
+from .padding import check_padded, checked_valid, masked, trained
 from .ragged import is_ragged, of_values
 
 _OF_TORCH = nn.BatchNorm1d.__module__  # as it is at import: who puts a class of ours into torch.nn still gets this
@@ -127,7 +127,8 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
             pieces and normalise each by its own statistics, as if the module were called for one after the other:
             ghost batch normalisation (Hoffer et al., "Train longer, generalize better", 2017,
             https://arxiv.org/abs/1705.08741). Running statistics and num_batches_tracked move piece by piece. A last
-            piece of one value a channel joins the one before it. By name only.
+            piece of one value a channel joins the one before it. A ragged batch is cut by its values, in the order in
+            which they lie, not by its sequences. By name only.
         allow_single_value: take a batch of one value a channel, which has no variance, in training as in evaluation:
             it is normalised by the running statistics, and neither these nor num_batches_tracked move. So is a padded
             batch of which one value counts, on the CPU; on a GPU that cannot be seen. A virtual batch of one value
@@ -202,9 +203,9 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
             raise ValueError("allow_single_value goes by the running statistics, which track_running_stats=False lacks")
         self._allow_single_value = allow
 
-    def forward(self, input: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and is_ragged(input):
-            return of_values(self.forward, input, lengths, mask)  # type: ignore[no-any-return]
+            return of_values(self.forward, input, lengths, mask, cut=self._virtual_batch_size is not None)  # type: ignore[no-any-return]
         if lengths is not None or mask is not None:
             return self._padded(input, checked_valid(lengths, mask))
         implementation = choose(input, self._virtual_batch_size is not None)
@@ -246,7 +247,7 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         native, training = super().forward, state_of(self)[5]
         if training and takes_single_value(self) and has_single_value(input, valid):
             native, training = self._evaluated, False
-        whole = native if valid is None else functools.partial(gathered if training else masked, native)
+        whole = native if valid is None else functools.partial(trained if training else masked, native)
         return piece_by_piece(whole, input, self._virtual_batch_size if training else None, valid)
 
     def _evaluated(self, input: Tensor) -> Tensor:

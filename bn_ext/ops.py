@@ -171,7 +171,7 @@ def mask_size(input: Tensor, residual: Tensor | None, activation: str, virtual_b
     """Return the bytes that forward leaves for backward where there is a residual and the derivative goes by the sign
     of its argument: one for 8 elements (on CUDA: for 16 bytes of the output), and 16 to read beyond; of virtual batches
     32 each, to read beyond and to begin aligned."""
-    if residual is None or input.numel() == 0 or activation not in ("relu", "leaky_relu"):
+    if residual is None or activation not in ("relu", "leaky_relu") or guard_or_false(input.numel() == 0):
         return 0
     elements = 16 // input.element_size() if input.device.type == "cuda" else 8
     batches = most_virtual_batches(input.shape[0], virtual_batch_size)

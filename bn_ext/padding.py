@@ -51,7 +51,8 @@ def check_padded(input: Tensor, valid: Tensor) -> None:
         return
     with torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), _disable_current_modes():
         lengths = in_sight(valid)
-        wrong = None if lengths is None else lengths[(lengths < 0) | (lengths > input.shape[2])]
+        # As int64: in int8 a length of the input of 300 would be 44.
+        wrong = None if lengths is None else lengths[(lengths < 0) | (lengths.long() > input.shape[2])]
         if wrong is not None and wrong.numel() > 0:
             raise ValueError(f"lengths should be from 0 to {input.shape[2]}, but there is {int(wrong[0])}")
 
@@ -101,8 +102,21 @@ def gathered(norm: Callable[..., Tensor], input: Tensor, valid: Tensor, *others:
     places = _positions(valid, input).flatten().nonzero().squeeze(1)
     rows = [t if flat else t.transpose(1, 2).reshape(-1, t.shape[1]) for t in (input, *others)]
     output = norm(*(t.index_select(0, places) for t in rows))
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float().to(output.dtype)  # a tangent too, which torch's own batch norm leaves in float32
     full = output.new_zeros(rows[0].shape).index_copy(0, places, output)
-    return full if flat else full.reshape(input.shape[0], input.shape[2], -1).transpose(1, 2)
+    if flat:
+        return full
+    full = full.reshape(input.shape[0], input.shape[2], -1).transpose(1, 2)
+    return full.contiguous() if input.is_contiguous() else full
+
+
+def trained(norm: Callable[..., Tensor], input: Tensor, valid: Tensor) -> Tensor:
+    """Return gathered of a norm in training, which raises where input has one value a channel, whatever counts."""
+    if input.dim() in (2, 3) and input.shape[0] == 1 and input.shape[2:].numel() == 1:
+        size = [*input.shape]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size torch.Size({size})")
+    return gathered(norm, input, valid)
 
 
 __all__ = [
@@ -111,6 +125,7 @@ __all__ = [
     "gathered",
     "in_sight",
     "masked",
+    "trained",
     "where_valid",
     "zero_beyond",
 ]

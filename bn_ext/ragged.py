@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .padding import gathered
+
 
 def is_ragged(input: Any) -> bool:
     """Return whether input is a batch of sequences without padding: packed, or jagged along its last dimension."""
@@ -19,11 +21,17 @@ def is_ragged(input: Any) -> bool:
 
 
 def of_values(
-    norm: Callable[..., Tensor], input: Any, lengths: Tensor | None, mask: Tensor | None, residual: Any = None
+    norm: Callable[..., Tensor],
+    input: Any,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    residual: Any = None,
+    cut: bool = False,
 ) -> Any:
     """Return norm of a ragged batch, through its (M, C) values, as a batch of the same kind.
 
-    norm takes by name a residual, if one is given, and a mask, if some of the values belong to no sequence.
+    norm takes by name a residual, if one is given, and a mask, if some of the values belong to no sequence; with cut,
+    where norm cuts its batch along M, it gets those alone that do.
 
     Raises:
         ValueError: lengths or mask are given; a residual that is not ragged in the same way.
@@ -36,14 +44,18 @@ def of_values(
             more["residual"] = _like(input, residual).data
         data = norm(input.data, **more)
         return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-    values = input.values()
+    values = input.values().transpose(0, 1)
     if residual is not None:
         more["residual"] = _like(input, residual).values().transpose(0, 1)
     if input.lengths() is not None:
-        more["mask"] = _counts(values.shape[1], input.offsets(), input.lengths())
-    values = norm(values.transpose(0, 1), **more).transpose(0, 1)
+        more["mask"] = _counts(values.shape[0], input.offsets(), input.lengths())
+    if cut and "mask" in more:
+        mask, others = more.pop("mask"), tuple(more.values())
+        values = gathered(lambda x, *rows: norm(x, **dict(zip(more, rows, strict=True))), values, mask, *others)
+    else:
+        values = norm(values, **more)
     return torch.nested.nested_tensor_from_jagged(
-        values, input.offsets(), input.lengths(), jagged_dim=2,
+        values.transpose(0, 1), input.offsets(), input.lengths(), jagged_dim=2,
         min_seqlen=input._maybe_min_seqlen, max_seqlen=input._maybe_max_seqlen,
     )  # fmt: skip
 

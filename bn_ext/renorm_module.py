@@ -144,9 +144,9 @@ class FusedBatchRenorm1d(nn.Module):
             state_dict[key] = torch.tensor(0, dtype=torch.int64) if count.is_meta else count
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
-    def forward(self, input: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and is_ragged(input):
-            return of_values(self.forward, input, lengths, mask)  # type: ignore[no-any-return]
+            return of_values(self.forward, input, lengths, mask, cut=self.virtual_batch_size is not None)  # type: ignore[no-any-return]
         training = bool(self.training)
         state = (
             self.running_mean, self.running_var, self.weight, self.bias, self.num_batches_tracked if training else None,

@@ -157,6 +157,25 @@ def test_onnx_has_the_standard_operator(
     torch.testing.assert_close(torch.from_numpy(out), right.tanh().detach().cpu(), rtol=0, atol=bound)
 
 
+LONE: dict[str, Callable[[], nn.Module]] = {
+    "norm": lambda: bn_ext.FusedBatchNorm1d(5),
+    "converted": lambda: bn_ext.convert(nn.BatchNorm1d(5)),
+    "frozen": lambda: bn_ext.freeze(bn_ext.FusedBatchNorm1d(5, allow_single_value=True)),
+    "renorm": lambda: bn_ext.FusedBatchRenorm1d(5),
+    "act": lambda: bn_ext.BatchNormAct1d(5),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exporter", [_onnx_by_export, _onnx_by_trace], ids=["export", "trace"])
+@pytest.mark.parametrize("made", LONE)
+def test_onnx_of_a_module_alone(made: str, exporter: Callable[[nn.Module, Tensor], bytes]) -> None:
+    runtime, module, x = pytest.importorskip("onnxruntime"), LONE[made]().eval(), normal((4, 5))
+    session = runtime.InferenceSession(exporter(module, x))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x).detach())
+
+
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
 @pytest.mark.filterwarnings("ignore:The feature will be removed")
 @pytest.mark.parametrize("exporter", [_onnx_by_export, _onnx_by_trace], ids=["export", "trace"])

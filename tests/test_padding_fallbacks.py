@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad as fwAD
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
@@ -195,11 +196,11 @@ WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 # vmap takes no module in training, and torch stacks neither what is sparse nor what is unsigned.
+PLACES_AND_MODES = [(place, mode) for place in PLACES for mode in (True, False) if not (mode and "vmap" in place)]
 CASES = [
     (wrong, place, training)
-    for wrong in WRONG for place in PLACES for training in (True, False)
-    if not (training and "vmap" in place)
-    and not (place == "vmap of lengths" and ("sparse" in wrong or wrong == "unsigned"))
+    for wrong in WRONG for place, training in PLACES_AND_MODES
+    if not (place == "vmap of lengths" and ("sparse" in wrong or wrong == "unsigned"))
 ]  # fmt: skip
 
 
@@ -254,6 +255,58 @@ def test_lengths_of_any_integers(made: str, dtype: torch.dtype) -> None:
         found.append([y, first, second, of_func, by_mode(lambda of=of, module=module: module(x, lengths=of))])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize(("place", "training"), PLACES_AND_MODES)
+def test_rows_longer_than_the_lengths_type_counts(place: str, training: bool, dtype: torch.dtype) -> None:
+    x, lengths = normal((3, C, 300)), torch.tensor([100, 0, 120])
+    module = bn_ext.FusedBatchNorm1d(C, track_running_stats=place != "jvp").train(training)
+    PLACES[place](module, x, {"lengths": lengths.to(dtype)})
+
+
+@pytest.mark.parametrize("kind", ["lengths", "any"])
+@pytest.mark.parametrize(("place", "training"), [one for one in PLACES_AND_MODES if one[0] != "vmap"])
+def test_the_output_lies_as_the_input(place: str, kind: str, training: bool) -> None:
+    valid, _ = positions_of(SHAPE, kind)
+    found: list[tuple[int, ...]] = []
+
+    class Watched(bn_ext.FusedBatchNorm1d):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            output = super().forward(*args, **kwargs)
+            found.append(output.stride())
+            return output
+
+    PLACES[place](Watched(C, track_running_stats=place != "jvp").train(training), normal(SHAPE), valid)
+    assert {*found} == {normal(SHAPE).stride()}
+
+
+@pytest.mark.parametrize("place", [place for place, training in PLACES_AND_MODES if training])
+def test_one_value_a_channel_raises_whatever_counts_of_it(place: str) -> None:
+    for shape, valid in (((1, C), (1,)), ((1, C, 1), (1, 1))):
+        norm = bn_ext.FusedBatchNorm1d(C)
+        with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training"):
+            PLACES[place](norm, normal(shape), {"mask": torch.zeros(valid, dtype=torch.bool)})
+        assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("kind", ["lengths", "any"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", ["as input", torch.float32], ids=str)
+def test_forward_mode_in_16_bits(parameters: Any, dtype: torch.dtype, kind: str) -> None:
+    valid, where = positions_of(SHAPE, kind)
+    x, t = (spoilt(normal(SHAPE, dtype, seed=k), where) for k in (1, 2))
+    norm = bn_ext.FusedBatchNorm1d(C, dtype=dtype if parameters == "as input" else parameters)
+    with fwAD.dual_level():
+        y, tangent = fwAD.unpack_dual(norm(fwAD.make_dual(x, t), **valid))
+    wide = bn_ext.FusedBatchNorm1d(C, dtype=torch.float64)
+    with fwAD.dual_level():
+        expected = fwAD.unpack_dual(wide(fwAD.make_dual(x.double(), t.double()), **valid))
+    # Of the results' rounding, and of the tangent's terms before they are added: some eight units of each.
+    bound = 8 * torch.finfo(dtype).eps * expected.tangent.abs().max().item()
+    assert tangent is not None and y.dtype == dtype
+    assert (tangent.double() - expected.tangent).abs().max() <= bound
+    assert_zero_beyond(tangent, where)
 
 
 # ---- evaluation takes nothing out ----

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import bn_ext
@@ -243,9 +244,49 @@ def test_a_subclass_of_tensor() -> None:
 
 
 def test_the_signature_says_what_it_takes() -> None:
-    assert list(inspect.signature(bn_ext.FusedBatchNorm1d(C).forward).parameters) == ["input", "lengths", "mask"]
-    with pytest.raises(TypeError, match="takes 2 positional arguments"):
-        norm_of()(normal((5, C, 7)), None)
+    for norm in (bn_ext.FusedBatchNorm1d(C), bn_ext.FusedBatchRenorm1d(C)):
+        assert list(inspect.signature(norm.forward).parameters) == ["input", "lengths", "mask"]
+        x = normal((5, C, 7))
+        valid, _ = positions_of(x.shape, "lengths")
+        # By place too: exporters and tracers fill in what has a default.
+        assert torch.equal(norm.eval()(x, valid["lengths"], None), norm(x, lengths=valid["lengths"]))
+
+
+def test_traced_by_the_names_of_its_arguments() -> None:
+    norm, x = norm_of().eval(), normal((5, C, 7))
+    valid, _ = positions_of(x.shape, "lengths")
+    traced = torch.jit.trace(norm, example_kwarg_inputs={"input": x, **valid})
+    assert torch.equal(traced(x, **valid), norm(x, **valid))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_sees_the_operators(mode: str) -> None:
+    """And makes a graph for all lengths, not for those that it saw."""
+    norm, x = norm_of(track_running_stats=False, affine=False), normal((5, C, 7))
+
+    def gradient(t: Tensor, lengths: Tensor) -> Tensor:
+        t = t.detach().requires_grad_()
+        return torch.autograd.grad(norm(t, lengths=lengths).pow(3).sum(), t)[0]
+
+    graph = make_fx(gradient, tracing_mode=mode)(x, torch.tensor([7, 6, 5, 4, 3]))
+    called = {str(node.target) for node in graph.graph.nodes}
+    assert {"bn_ext.batch_norm_forward.default", "bn_ext.batch_norm_backward.default"} <= called
+    other = torch.tensor([1, 0, 7, 2, 2])
+    torch.testing.assert_close(graph(x, other), gradient(x, other))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_compiled_for_any_number_of_samples(activation: str) -> None:
+    act = bn_ext.BatchNormAct1d(C, activation)
+
+    def pick(x: Tensor, keep: Tensor, lengths: Tensor) -> Tensor:
+        return act(x[keep], x[keep], lengths=lengths[keep])  # type: ignore[no-any-return]
+
+    x, lengths = normal((9, C, 7)), torch.arange(9) % 8
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(pick, fullgraph=True, backend="aot_eager")
+        for keep in (torch.arange(9) % 2 == 0, torch.arange(9) > 0):
+            torch.testing.assert_close(compiled(x, keep, lengths), pick(x, keep, lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)

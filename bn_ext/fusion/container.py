@@ -103,7 +103,8 @@ class BatchNormAct1d(nn.Module):
     ) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if type(input) is not Tensor and is_ragged(input):
-                return of_values(self.forward, input, lengths, mask, residual)  # type: ignore[no-any-return]
+                cut = self.norm.virtual_batch_size is not None
+                return of_values(self.forward, input, lengths, mask, residual, cut)  # type: ignore[no-any-return]
             if lengths is None and mask is None:
                 return _computed(self, input, residual)  # type: ignore[no-any-return]
             return _padded(self, input, residual, lengths, mask)  # type: ignore[no-any-return]

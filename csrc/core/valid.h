@@ -9,7 +9,7 @@ namespace bn_ext {
 
 struct Valid {
   const int64_t* lengths = nullptr;  // (N,): l < lengths[n]
-  const uint8_t* mask = nullptr;     // (N, L), one row after the other, 0 or 1
+  const uint8_t* mask = nullptr;     // (N, L), one row after the other; any byte but 0 counts, as in torch
   BN_HD explicit operator bool() const { return lengths != nullptr || mask != nullptr; }
   // length: L.
   BN_HD bool at(int64_t n, int64_t l, int64_t length) const {
@@ -27,7 +27,9 @@ BN_HD Valid from_sample(Valid v, int64_t n, const Shape& shape) {
 inline int64_t valid_count(const Valid& v, const Shape& shape) {
   if (!v) return shape.count();
   int64_t count = 0;
-  for (int64_t i = 0; i < (v.lengths ? shape.n : shape.count()); ++i) count += v.lengths ? v.lengths[i] : v.mask[i];
+  for (int64_t i = 0; i < (v.lengths ? shape.n : shape.count()); ++i) {
+    count += v.lengths ? v.lengths[i] : v.mask[i] != 0;
+  }
   return count;
 }
 

@@ -203,7 +203,7 @@ ForwardCall prepare_training(const Tensor& input, const OptionalTensor& weight, 
   call.valid = set_valid(&a.valid, valid, input);
   const auto check_count = [&](const Valid& v, const Shape& shape) {
     const bool known = !v || input.is_cpu();  // without waiting for a device
-    TORCH_CHECK_VALUE(!known || valid_count(v, shape) != 1,
+    TORCH_CHECK_VALUE(shape.count() != 1 && (!known || valid_count(v, shape) != 1),
                       "Expected more than 1 value per channel when training, got input size ", size_text(input));
   };
   if (!part) check_count(a.valid, a.shape);

@@ -17,6 +17,7 @@ struct Channels {
   at::ScalarType dtype;
   std::vector<int64_t> dims{0}, column{1, -1};
   bool batch;
+  c10::SymInt count;  // values of a channel
   Tensor invstd, normalised, scale;
 
   Channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& saved, bool training, double eps)
@@ -27,7 +28,9 @@ struct Channels {
     check_vector(weight, input, "weight");
     if (!batch || has(saved)) check_saved(saved.value_or(Tensor()), input);
     dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    count = input.sym_size(0);
     if (input.dim() == 3) {
+      count = count * input.sym_size(2);
       dims.push_back(2);
       column.push_back(1);
     }
@@ -47,7 +50,8 @@ struct Channels {
   }
 
   Tensor wide(const Tensor& t) const { return t.to(dtype); }
-  Tensor mean(const Tensor& t) const { return t.mean(dims, true); }
+  // Of no values, as an empty virtual batch has, it is zero.
+  Tensor mean(const Tensor& t) const { return t.sum(dims, true) / at::Scalar(count.max(1)); }
   Tensor vector(const Tensor& t) const { return wide(t).view(column); }
 };
 

@@ -36,11 +36,11 @@ bool is_scattered(const Tensor& valid, const Tensor& input) {
     return false;
   }
   const Tensor bytes = valid.contiguous();
-  const bool* const p = bytes.const_data_ptr<bool>();
+  const auto* const p = static_cast<const uint8_t*>(bytes.const_data_ptr());  // as bool only 0 and 1 may be read
   int64_t runs = 0, values = 0;
   for (int64_t i = 0; i < bytes.numel(); ++i) {
-    values += p[i];
-    runs += p[i] && (i == 0 || !p[i - 1]);
+    values += p[i] != 0;
+    runs += p[i] != 0 && (i == 0 || p[i - 1] == 0);
   }
   return runs > kFewRuns * input.size(0) && values < kShortRun * runs;
 }
