@@ -1,14 +1,17 @@
 """keep_statistics: running statistics that stay as they are where a checkpoint runs a forward again.
 
 Our operators ask a flag of the thread (csrc/torch/calls.cpp). Torch's own get copies from a mode, not None, as what
-autograd saves has to be what it was in forward.
+autograd saves has to be what it was in forward. A renormalised batch goes by the running statistics themselves: forward
+notes what they were, for the recomputation.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -56,17 +59,60 @@ def _is_count(tensor: Any) -> bool:
     return False
 
 
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]  # running_mean, running_var, num_batches_tracked
+
+
+class _Here(threading.local):
+    """What is on in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.forwards: list[_Forward] = []
+        self.recomputations: list[_Recomputation] = []
+
+
+_here = _Here()
+
+
+class _Forward(AbstractContextManager["_Forward"]):
+    """Where it is on, in its thread, it notes what renormalised batches go by."""
+
+    def __init__(self) -> None:
+        # By running_mean, which is kept, so that no other tensor gets its id.
+        self.noted: dict[int, list[tuple[Tensor, Statistics]]] = defaultdict(list)
+
+    def __enter__(self) -> _Forward:
+        _here.forwards.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _here.forwards.remove(self)
+
+
 class _Recomputation(TorchFunctionMode):
     """Where it is on, in its thread, no running statistics and no count of batches move."""
 
+    def __init__(self, forward: _Forward) -> None:
+        super().__init__()
+        self.forward = forward
+        self.seen: dict[int, int] = {}
+
     def __enter__(self) -> _Recomputation:
         enter_recomputation()
+        self.seen = defaultdict(int)
+        _here.recomputations.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _here.recomputations.remove(self)
         leave_recomputation()
+
+    def noted(self, mean: Tensor) -> Statistics | None:
+        """Return what the call that is run again went by, if its forward is known."""
+        of_mean, at = self.forward.noted.get(id(mean), []), self.seen[id(mean)]
+        self.seen[id(mean)] += 1
+        return of_mean[at][1] if at < len(of_mean) else None
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -87,8 +133,41 @@ class _Recomputation(TorchFunctionMode):
 QUIET.add(_Recomputation)
 
 
-def _recompute_all(*_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.PREFER_RECOMPUTE
+def in_checkpoint() -> bool:
+    """Return whether as_in_forward has anything to note or to find: in a graph nothing, which _in_a_graph sees to."""
+    return not torch.compiler.is_compiling() and bool(_here.forwards or _here.recomputations)
+
+
+@contextmanager
+def as_in_forward(*statistics: Tensor | None) -> Iterator[Statistics]:
+    """Yield the running statistics and the count that a renormalised batch goes by.
+
+    In a recomputation these are copies of forward's, which may move: each virtual batch goes by what the one before
+    leaves.
+    """
+    mean, here = statistics[0], _here
+    if mean is None:  # which raises later
+        yield statistics  # type: ignore[misc]
+        return
+    noted = here.recomputations[-1].noted(mean) if here.recomputations else None
+    for forward in here.forwards:
+        forward.noted[id(mean)].append((mean, tuple(map(_copy, noted or statistics))))
+    if noted is None:
+        yield statistics  # type: ignore[misc]
+        return
+    depth = len(here.recomputations)
+    for _ in range(depth):
+        leave_recomputation()
+    try:
+        yield tuple(map(_copy, noted))
+    finally:
+        for _ in range(depth):
+            enter_recomputation()
+
+
+def _in_a_graph(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    renormalises = operator is torch.ops.bn_ext.batch_norm_forward.default and (kwargs.get("renorm") or len(args) > 16)
+    return CheckpointPolicy.MUST_SAVE if renormalises else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def keep_statistics() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -108,8 +187,8 @@ def keep_statistics() -> tuple[AbstractContextManager[Any], AbstractContextManag
     enter the second context itself where torch.is_grad_enabled().
 
     Returns:
-        Two context managers. The first is for forward, and does nothing. In the second, which may be entered
-        repeatedly, statistics stay.
+        Two context managers. The first is for forward, and notes what renormalised batches go by, which no longer is
+        there later. In the second, which may be entered repeatedly, statistics stay.
 
     Example:
         >>> import torch
@@ -122,8 +201,9 @@ def keep_statistics() -> tuple[AbstractContextManager[Any], AbstractContextManag
         tensor(1)
     """
     if get_proxy_mode() is not None:  # in a graph nothing is counted twice: as torch does without a context_fn
-        return create_selective_checkpoint_contexts(_recompute_all)  # type: ignore[no-any-return]
-    return nullcontext(), _Recomputation()
+        return create_selective_checkpoint_contexts(_in_a_graph)  # type: ignore[no-any-return]
+    forward = _Forward()
+    return forward, _Recomputation(forward)
 
 
-__all__ = ["keep_statistics"]
+__all__ = ["as_in_forward", "in_checkpoint", "keep_statistics"]

@@ -17,8 +17,9 @@ from .activation import check_activation, check_call, finish
 from .batches import checked_virtual_batch_size, piece_by_piece
 from .dispatch import Renorm, by_operator, choose, restored_on_error
 from .ops import check_dtype, check_eps, check_renorm_numbers, statistics_dtype
-from .padding import check_padded, checked_valid, gathered, masked
+from .padding import check_padded, checked_valid, masked, trained
 from .ragged import is_ragged, of_values
+from .recompute import as_in_forward, in_checkpoint
 
 if TYPE_CHECKING:
     from .modules import State
@@ -121,22 +122,38 @@ def computed(
     valid: Tensor | None,
 ) -> Tensor:
     """Return act(renormalised(input) + residual). after: residual, activation, negative_slope."""
-    mean, var, _, _, batches, training, _, eps = state
     if input.dim() not in (2, 3):
         raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
+    if not (state[5] and in_checkpoint()):
+        return _computed(input, state, renorm, after, size, valid)
+    with as_in_forward(state[0], state[1], state[4]) as (mean, var, batches):
+        state = (mean, var, state[2], state[3], batches, *state[5:])
+        return _computed(input, state, renorm, after, size, valid)
+
+
+def _computed(
+    input: Tensor,
+    state: State,
+    renorm: Renorm,
+    after: tuple[Tensor | None, str, float] | None,
+    size: int | None,
+    valid: Tensor | None,
+) -> Tensor:
+    mean, var, _, _, batches, training, _, eps = state
     implementation = choose(input, more=True)
     if implementation is by_operator or (implementation is not None and not training):
         options: dict[str, Any] = {"renorm": renorm} if training else {}
         output = implementation(input, *state, *(after or ()), virtual_batch_size=size, valid=valid, **options)
         if output is not None:
             return output
-    check_renorm_numbers(renorm)
+    if training:
+        check_renorm_numbers(renorm)
     check_eps(eps, training)
     check_dtype(input)
     whole = norm = partial(_of_torch, state=state, renorm=renorm)
     if valid is not None:
         check_padded(input, valid)
-        whole = partial(gathered if training else masked, norm)
+        whole = partial(trained if training else masked, norm)
     with restored_on_error(*((mean, var, batches) if training else ())):
         output = piece_by_piece(whole, input, size if training else None, valid)
         if after is not None:
@@ -219,7 +236,7 @@ def batch_renorm(
             num_batches_tracked=num_batches_tracked, warmup_steps=warmup_steps, smooth=smooth, activation=activation,
             negative_slope=negative_slope, virtual_batch_size=virtual_batch_size,
         )  # fmt: skip
-        return of_values(norm, input, lengths, mask, residual)  # type: ignore[no-any-return]
+        return of_values(norm, input, lengths, mask, residual, virtual_batch_size is not None)  # type: ignore[no-any-return]
     size = checked_virtual_batch_size(virtual_batch_size)
     valid = checked_valid(lengths, mask)
     after = None
