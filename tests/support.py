@@ -97,7 +97,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 def _overlapping(x: Tensor) -> Tensor:
     """Windows over a line of values: neighbouring rows share storage."""
-    line = x.flatten()
+    line = x.flatten().repeat(2)  # of few rows the windows reach farther than the values do
     strides = (1,) * (x.dim() - 1) + (2,)
     return line.as_strided(x.shape, strides)
 
@@ -133,11 +133,10 @@ BIAS_OPTION = "bias" in inspect.signature(nn.BatchNorm1d).parameters
 
 def make(cls: type[nn.BatchNorm1d], *arguments: Any, bias: bool = True, **options: Any) -> nn.BatchNorm1d:
     """cls(...), with bias=False also where the constructor is too old to know it."""
-    if BIAS_OPTION:
-        return cls(*arguments, bias=bias, **options)
+    if bias or BIAS_OPTION:
+        return cls(*arguments, **options, **({} if bias else {"bias": False}))
     module = cls(*arguments, **options)
-    if not bias:
-        module.bias = None
+    module.bias = None
     return module
 
 
