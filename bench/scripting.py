@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,18 @@ def needed() -> Iterator[None]:
         if (sentence := remedy(error)) is None:
             raise
         raise SystemExit(sentence) from error
+
+
+def check_output(parser: argparse.ArgumentParser, option: str, path: Path | None, kinds: Iterable[str] = ()) -> None:
+    """Make the folder of a file that is to be written later; end with a sentence where it cannot be written."""
+    if path is None:
+        return
+    if kinds and path.suffix.lower().removeprefix(".") not in kinds:
+        parser.error(f"{option}: a figure ends in one of {', '.join(sorted(kinds))}, not as {path.name} does")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        parser.error(f"{option}: {path} cannot be written")
 
 
 def end(main: Callable[[], int]) -> NoReturn:

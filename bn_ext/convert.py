@@ -131,7 +131,8 @@ def revert(model: Model) -> Model:
 
     What calls them gets its own class back; where a tool has made a subclass of it since, its forward stays, and calls
     the batch norms as they are. A BatchNormAct1d stays one, with a batch norm of torch's in it. What gives a batch norm
-    lengths, a mask or a packed sequence has to be changed: torch's takes none of them.
+    lengths, a mask or a packed sequence has to be changed: torch's takes none of them. Nor has it virtual batches, or
+    takes a single value.
 
     Args:
         model: any nn.Module, converted or built with the fused classes.

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import Model
+from .renorm_module import FusedBatchRenorm1d
+
+_NORMS = (_BatchNorm, FusedBatchRenorm1d)
 
 
 class _Stand:
@@ -79,11 +82,12 @@ def freeze(model: Model) -> Model:
     Each normalises by its running statistics, and these and num_batches_tracked stay as they are, also where
     reset_running_stats is called; load_state_dict writes them as ever, and reset_parameters begins anew. Weights and
     biases still learn where requires_grad is True, by the gradients of evaluation. It concerns FusedBatchNorm1d,
-    torch's BatchNorm1d, 2d and 3d, SyncBatchNorm, lazy ones and all subclasses. They keep their class, and stay frozen
-    through convert, revert, copy.deepcopy and pickle. Their repr says frozen=True.
+    FusedBatchRenorm1d, torch's BatchNorm1d, 2d and 3d, SyncBatchNorm, lazy ones and all subclasses. They keep their
+    class, and stay frozen through convert, revert, copy.deepcopy and pickle. Their repr says frozen=True.
 
-    Three things are beyond it. module.training = True by hand holds until the next train(), eval() or freeze. What
-    makes another module or program of this one, as SyncBatchNorm.convert_sync_batchnorm and torch.jit.script do, only
+    Four things are beyond it. module.training = True by hand, and nn.Module.train(module), hold until the next train(),
+    eval() or freeze. A train() of a subclass's own is not called, with what it asked for, before unfreeze. What makes
+    another module or program of this one, as SyncBatchNorm.convert_sync_batchnorm and torch.jit.script do, only
     takes training=False along. A copy.copy of a batch norm is frozen, but its train() notes the mode for the original
     and returns that, until the copy is given to freeze or unfreeze.
 
@@ -108,7 +112,7 @@ def freeze(model: Model) -> Model:
     scripted = [name or "model itself" for name, module in model.named_modules() if _is_scripted(module)]
     if scripted:
         raise ValueError(f"cannot freeze a batch norm of TorchScript: {', '.join(scripted)}")
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, _NORMS)}
     without = [
         name or "model itself"
         for norm, name in norms.items()

@@ -176,8 +176,9 @@ def keep_statistics() -> tuple[AbstractContextManager[Any], AbstractContextManag
     A checkpoint runs its forward again in backward. Batch norms then normalise by the same batch, but they also move
     their running statistics, and count the batch, a second time. With this they leave both as forward has left them. It
     concerns FusedBatchNorm1d and what is fused with it, bn_ext.functional.batch_norm, torch's batch norms, its
-    SyncBatchNorm, its instance norms and its functions, and all subclasses of these; in the thread that recomputes, so
-    what trains beside it is not touched.
+    SyncBatchNorm, its instance norms and its functions, and subclasses that move their statistics by these; in the
+    thread that recomputes, so what trains beside it is not touched. FusedBatchRenorm1d goes by the running statistics
+    that forward went by.
 
     Two kinds of calls are beyond it, where the batch norm is torch's own: those of a program of torch.jit.script or
     torch.jit.trace, and of a module that is compiled inside of the checkpoint. A checkpoint inside of what is compiled

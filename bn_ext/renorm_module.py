@@ -37,13 +37,15 @@ class FusedBatchRenorm1d(nn.Module):
     operations compute the same. A call that raises leaves running_mean, running_var and num_batches_tracked as they
     were.
 
-    Arguments, attributes and state_dict are those of torchrl's BatchRenorm1d, and so are its values, but for two
-    things. Its unbiased variance takes the number of samples for the number of values, N / (N - 1), also for input of
-    size (N, C, L); here it is N * L / (N * L - 1). Its factor of the warm-up grows beyond 1, to 2 after twice the
-    warmup_steps; here it stays 1, and num_batches_tracked counts on.
+    Arguments, attributes and state_dict are those of torchrl's BatchRenorm1d, and so are its values, but for three
+    things. It takes images and more dimensions; here input is 2-D or 3-D. Its unbiased variance takes the number of
+    samples for the number of values, N / (N - 1), also for input of size (N, C, L); here it is N * L / (N * L - 1).
+    Its factor of the warm-up grows beyond 1, to 2 after twice the warmup_steps; here it stays 1, and
+    num_batches_tracked counts on.
 
-    lengths and mask of a padded batch, and ragged batches, are taken as FusedBatchNorm1d takes them. In the
-    recomputation of a checkpoint r and d go by the running statistics as they are by then.
+    lengths and mask of a padded batch, and ragged batches, are taken as FusedBatchNorm1d takes them. Where a checkpoint
+    runs forward again, r and d go by the running statistics as they are by then, which gives gradients of another
+    function; with context_fn=bn_ext.keep_statistics they go by those of forward.
 
     Args:
         num_features: C, the number of channels.

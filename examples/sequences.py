@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-from scripting import end, needed
+from scripting import check_output, end, needed
 
 with needed():
     import torch
@@ -158,16 +158,19 @@ def bound(blocks: int = BLOCKS) -> float:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify sequences of different lengths with three norms.")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many trainings of each (default: {SEEDS})")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
+    parser.add_argument("--seeds", type=int, help=f"how many trainings of each (default: {SEEDS})")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, two epochs, where not told otherwise: does it run"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each network")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.epochs, args.seeds = 2, 1
-    for name in ("epochs", "seeds"):
+    for name, quick, whole in (("epochs", 2, EPOCHS), ("seeds", 1, SEEDS)):
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else whole)
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be positive")
+    check_output(parser, "--json", args.json)
     return args
 
 

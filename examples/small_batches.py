@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
-from scripting import end, needed
+from scripting import check_output, end, needed
 
 with needed():
     import matplotlib
@@ -174,15 +175,18 @@ def figure(records: Sequence[trials.Record]) -> Figure:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against the size of the batch, for several norms.")
     parser.add_argument("--sizes", help=f"of batches, powers of two to {LARGEST} (default: all from {SIZES[0]} on)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many trainings of each (default: {SEEDS})")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
+    parser.add_argument("--seeds", type=int, help=f"how many trainings of each (default: {SEEDS})")
     parser.add_argument("--lr", type=float, default=LR, help=f"learning rate of batches of {LARGEST} (default: {LR})")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs, three sizes: does it run")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, two epochs, three sizes, where not told otherwise: does it run"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a line for each training")
     parser.add_argument("--plot", type=Path, help="where the figure goes (default: out/small_batches.png)")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.epochs, args.seeds, args.sizes = 2, 1, args.sizes or f"8,32,{LARGEST}"
+    for name, quick, whole in (("epochs", 2, EPOCHS), ("seeds", 1, SEEDS), ("sizes", f"8,32,{LARGEST}", None)):
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else whole)
     try:
         args.sizes = sorted({int(size) for size in args.sizes.split(",")}) if args.sizes else list(SIZES)
     except ValueError:
@@ -190,9 +194,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if wrong := [size for size in args.sizes if size not in SIZES]:
         parser.error(f"--sizes may have {', '.join(map(str, SIZES))}, not {', '.join(map(str, wrong))}")
     for name in ("epochs", "seeds", "lr"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be positive")
+    if args.epochs < 2:
+        parser.error("--epochs must be at least 2: what is frozen is trained for the first half of them")
     args.plot = args.plot or OUT / "small_batches.png"
+    check_output(parser, "--json", args.json)
+    check_output(parser, "--plot", args.plot, Figure().canvas.get_supported_filetypes())
     return args
 
 
@@ -212,7 +220,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         shared = facts(torch.device("cpu"))
         args.json.write_text("".join(json.dumps({**shared, **r}) + "\n" for r in records), encoding="utf-8")
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure(records).savefig(args.plot, dpi=plot.DPI)
     console.print(f"figure: {args.plot}")
     return 0

@@ -24,7 +24,8 @@ class MineFused(bn_ext.FusedBatchNorm1d):
 
 
 KINDS: dict[type[Norm], tuple[int, ...]] = {  # and the shape of an input
-    FUSED: (8, 5), MineFused: (8, 5), NATIVE: (8, 5), Mine: (8, 5), nn.SyncBatchNorm: (8, 5),
+    FUSED: (8, 5), MineFused: (8, 5), bn_ext.FusedBatchRenorm1d: (8, 5), NATIVE: (8, 5), Mine: (8, 5),
+    nn.SyncBatchNorm: (8, 5),
     nn.BatchNorm2d: (4, 5, 3, 2), nn.BatchNorm3d: (4, 5, 3, 2, 2),
 }  # fmt: skip
 LAZY: dict[type[Norm], tuple[int, ...]] = {
@@ -43,7 +44,7 @@ def network(kind: type[nn.BatchNorm1d], device: str = "cpu") -> nn.Sequential:
 
 
 def norms_of(model: nn.Module) -> list[Norm]:
-    return [module for module in model.modules() if isinstance(module, Norm)]
+    return [module for module in model.modules() if isinstance(module, Norm | bn_ext.FusedBatchRenorm1d)]
 
 
 def is_frozen(model: nn.Module) -> bool:

@@ -113,6 +113,9 @@ def test_wrong_arguments(script: object, option: str, capsys: pytest.CaptureFixt
         (["--sizes", "2,x"], "takes numbers with commas between them, not 2,x"),
         (["--sizes", "1,2,48"], "may have 2, 4, 8, 16, 32, 64, 128, not 1, 48"),
         (["--lr", "0"], "--lr must be positive"),
+        (["--lr", "nan"], "--lr must be positive"),
+        (["--epochs", "1"], "--epochs must be at least 2"),
+        (["--plot", "curves.xyz"], "--plot: a figure ends in one of"),
     ],
 )
 def test_wrong_arguments_of_small_batches(
@@ -121,6 +124,27 @@ def test_wrong_arguments_of_small_batches(
     with pytest.raises(SystemExit):
         small_batches.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [sequences, small_batches])
+def test_where_nothing_can_be_written_nothing_is_trained(
+    script: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "r.jsonl"):
+        with pytest.raises(SystemExit):
+            script.parse(["--json", str(place)])
+        assert f"--json: {place} cannot be written" in capsys.readouterr().err
+    made = tmp_path / "new" / "r.jsonl"
+    assert script.parse(["--json", str(made)]).json == made and made.parent.is_dir()
+
+
+@pytest.mark.parametrize("script", [sequences, small_batches])
+def test_quick_leaves_what_is_told(script: object) -> None:
+    quick = script.parse(["--quick", "--epochs", "7"])
+    assert (quick.epochs, quick.seeds) == (7, 1)
+    quick = script.parse(["--quick", "--seeds", "3"])
+    assert (quick.epochs, quick.seeds) == (2, 3)
 
 
 def test_small_batches_has_every_norm_at_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
