@@ -4,7 +4,7 @@
 
 By mode and type: how many tensors, how many times faster than nn.BatchNorm1d (geometric mean, and the worst), the share
 of the copy's rate that tensors beyond the cache reach (median, in the bytes that must move), and the time that the
-planner's bytes take at the copy's rate, over the time measured (median): below 1 something else than memory costs time.
+model of `python -m bn_ext.launches` predicts at the copy's rate, over the time measured (median).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def planner(title: str) -> launches.Device | None:
 
 
 def predicted(row: Row, on: launches.Device) -> float | None:
-    """Microseconds that the planner's bytes take at the rate of the copy."""
+    """Microseconds by the planner's model, at the rate of the copy."""
     copy = row.by_contender.get("copy")
     names = ("inference",) if row.mode == "eval" else PASSES.get(row.mode, ())
     if copy is None or not {*names} <= {*launches.PASSES} or not names:
         return None
-    plans = [launches.plan_of(name, on, row.point.meta()) for name in names]
-    return float(sum(plan["read_bytes"] + plan["write_bytes"] for plan in plans) / (copy["gbps"] * 1e3))
+    plans = [(name, launches.plan_of(name, on, row.point.meta())) for name in names]
+    return sum(launches.predicted(name, plan, row.point.dtype, copy["gbps"], on) for name, plan in plans)
 
 
 def speed(found: list[Row]) -> Iterator[str]:

@@ -6,7 +6,8 @@
 It is the very plan that the operators launch by (csrc/cuda/plan.h). Bytes are of tensors alone: per-channel vectors and
 partial results are left out, the latter are the workspace. Two times are told, and which of them is the limit: that of
 these bytes at a bandwidth, and that of issuing the instructions which nvcc's code executes for them (docs/gpu.md), four
-an SM and clock. Launching, and the meeting of blocks, are in neither.
+an SM and clock. The time predicted is the longer of them, longer still where the blocks leave SMs idle, and beside it
+what the planner assumes for a launch and for blocks that meet.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ INSTRUCTIONS = {
     "float16": _OF_16_BITS,
 }
 _SCHEDULERS = 4  # of an SM, an instruction of a warp each a clock
+LAUNCH = 2.0  # microseconds from one launch to the next, as csrc/cuda/cut.cpp has it
 
 
 def _plain(name: str) -> str:
@@ -179,6 +181,16 @@ def issue_time(pass_: str, dtype: str, moved: int, on: Device) -> float | None:
     return INSTRUCTIONS[dtype][pass_] * accesses / (on.sms * _SCHEDULERS * on.clock * 1e3)
 
 
+def predicted(pass_: str, plan: dict[str, Any], dtype: str, bandwidth: float, on: Device) -> float:
+    """Return the microseconds that the model gives a pass at `bandwidth` GB/s, of which no GPU has shown any.
+
+    What is read twice counts twice, although a cache may hold it.
+    """
+    moved = plan["read_bytes"] + plan["write_bytes"]
+    busy = max(moved / bandwidth / 1e3, issue_time(pass_, dtype, moved, on) or 0.0)
+    return float(plan["launches"] * LAUNCH + plan["meeting"] + plan["spread"] * busy)
+
+
 def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float, on: Device) -> dict[str, str]:
     """Return one column of the table, heading -> text, for a plan over tensors like `like`, at `bandwidth` GB/s."""
     item, whole = like.element_size(), like.numel() * like.element_size()
@@ -202,6 +214,7 @@ def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float, on: 
         "time implied": f"{of_bytes:.1f} us",
         "time to issue": "-" if of_issue is None else f"{of_issue:.1f} us",
         "limit": limit,
+        "predicted": f"{predicted(pass_, plan, str(like.dtype).removeprefix('torch.'), bandwidth, on):.1f} us",
     }
 
 

@@ -28,6 +28,7 @@ MISSING = [
     ("bench/pairing.py", "", "bn_ext", f"bn_ext: pip install {ROOT}"),
     ("bench/plot.py", "a b", "matplotlib", 'matplotlib: pip install "bn_ext[bench]", or pip install matplotlib'),
     ("bench/tables.py", "", "rich", 'rich: pip install "bn_ext[bench]", or pip install rich'),
+    ("bench/roofline.py", "", "bn_ext", f"bn_ext: pip install {ROOT}"),
     ("bench/traffic.py", "run", "torch", "torch: pip install torch"),
     ("examples/sequences.py", "--quick", "aeon", 'aeon: pip install "bn_ext[bench]", or pip install aeon'),
     ("examples/small_batches.py", "--quick", "sklearn", 'scikit-learn: pip install "bn_ext[bench]", or pip install'),

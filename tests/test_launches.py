@@ -71,6 +71,23 @@ def test_what_fits_on_chip_is_read_once() -> None:
         assert launches.plan_of("forward", T4, like)["read_bytes"] > 1.5 * like.nbytes
 
 
+def test_the_prediction_has_all_that_takes_time() -> None:
+    for on in ALL:
+        for shape in SHAPES:
+            like = launches.made(shape, "float32")
+            for name, plan in plans(on, shape, "float32", "contiguous").items():
+                assert plan["spread"] >= 0.999, (on.name, shape, name)
+                meets = {"none": 0.0, "cluster": 0.7}.get(plan["exchange"])
+                assert plan["meeting"] == meets if meets is not None else plan["meeting"] > 2.5, (on.name, shape, name)
+                moved = plan["read_bytes"] + plan["write_bytes"]
+                for bandwidth in (100.0, 1e9):  # by memory, and by instructions
+                    found = launches.predicted(name, plan, "float32", bandwidth, on)
+                    waits = plan["launches"] * launches.LAUNCH + plan["meeting"]
+                    issue = launches.issue_time(name, "float32", moved, on)
+                    assert issue is not None and like.nbytes > 0
+                    assert found == pytest.approx(waits + plan["spread"] * max(moved / bandwidth / 1e3, issue))
+
+
 def test_without_cooperative_launches_there_are_two() -> None:
     like = launches.made((262144, 64), "float32")
     alone = launches.Device("old", T4.capability, T4.sms, T4.shared_per_sm, T4.shared_per_block, cooperative=False)

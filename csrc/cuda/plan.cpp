@@ -238,15 +238,18 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
 
   const double total = static_cast<double>(p->read_bytes + p->write_bytes);
   const double rounds = static_cast<double>((blocks + d.sms - 1) / d.sms);
-  double time = std::max(total / (kSmBytes * d.sms), rounds * total / static_cast<double>(blocks) / kLoneSmBytes);
+  const double shared = total / (kSmBytes * d.sms);
+  double time = std::max(shared, rounds * total / static_cast<double>(blocks) / kLoneSmBytes);
   if (blocks < d.sms) time *= 1 + kIdle * (1 - static_cast<double>(blocks) / d.sms);
   const double line = static_cast<double>(p->tx * p->vector * bytes);
   if (!p->planes && p->tiles > 1 && line < 512) time *= 1 + kNarrow * (1 - line / 512);
-  if (p->exchange == Exchange::kCluster) time += kClusterBarrier;
+  p->spread = total > 0 ? time / shared : 1;
+  p->meeting = p->exchange == Exchange::kCluster ? kClusterBarrier : 0;
   if (through_memory) {
-    time += kGridBarrier + (p->pooled ? kSecondBarrier : static_cast<double>(partials) * 4 * wide / kPartialBytes);
+    const double merging = static_cast<double>(partials) * 4 * wide / kPartialBytes;
+    p->meeting += kGridBarrier + (p->pooled ? kSecondBarrier : merging);
   }
-  return time;
+  return time + p->meeting;
 }
 
 Plan make_plan(const Request& r, const Device& d) {

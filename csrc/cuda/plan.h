@@ -84,6 +84,8 @@ struct Plan {
   int64_t read_bytes = 0, write_bytes = 0;
   int launches = 1;
   double time = 0;     // microseconds
+  double spread = 1;   // times as long as if every SM moved its share of whole lines
+  double meeting = 0;  // microseconds of time in which blocks meet
   int64_t pieces = 1;  // virtual batches side by side, each of so many blocks
   int64_t first = 0;   // of a padded batch: the first of these
   int64_t blocks() const { return tiles * splits; }

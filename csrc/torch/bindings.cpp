@@ -147,6 +147,8 @@ py::dict launch_plan(const std::string& pass, const std::string& dtype, const st
   found["workspace_bytes"] = plan.workspace_bytes;
   found["read_bytes"] = plan.read_bytes;
   found["write_bytes"] = plan.write_bytes;
+  found["spread"] = plan.spread;
+  found["meeting"] = plan.meeting;
   return found;
 }
 
