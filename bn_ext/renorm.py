@@ -113,22 +113,14 @@ def _move_statistics(
             _move(running, (running.to(new.dtype) * (1 - part) + new.reshape(running.shape) * part).to(running.dtype))
 
 
-def computed(
-    input: Tensor,
-    state: State,
-    renorm: Renorm,
-    after: tuple[Tensor | None, str, float] | None,
-    size: int | None,
-    valid: Tensor | None,
-) -> Tensor:
-    """Return act(renormalised(input) + residual). after: residual, activation, negative_slope."""
+def computed(input: Tensor, state: State, *others: Any) -> Tensor:
+    """Return act(renormalised(input) + residual). others: _computed's."""
     if input.dim() not in (2, 3):
         raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
     if not (state[5] and in_checkpoint()):
-        return _computed(input, state, renorm, after, size, valid)
+        return _computed(input, state, *others)
     with as_in_forward(state[0], state[1], state[4]) as (mean, var, batches):
-        state = (mean, var, state[2], state[3], batches, *state[5:])
-        return _computed(input, state, renorm, after, size, valid)
+        return _computed(input, (mean, var, state[2], state[3], batches, *state[5:]), *others)
 
 
 def _computed(
@@ -139,6 +131,7 @@ def _computed(
     size: int | None,
     valid: Tensor | None,
 ) -> Tensor:
+    """after: residual, activation, negative_slope; size: of virtual batches."""
     mean, var, _, _, batches, training, _, eps = state
     implementation = choose(input, more=True)
     if implementation is by_operator or (implementation is not None and not training):

@@ -51,3 +51,18 @@ def moved_once(
     for mine, theirs in zip(gradients(model, xs[1]), gradients(plain, xs[0]), strict=True):
         assert mine.equal(theirs)
     return runs
+
+
+class Both:
+    """Two contexts as one, as often as it is entered."""
+
+    def __init__(self, *contexts: Any) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import bn_ext
+from checkpoints import Both, kept
 from support import normal
 
 C = 6
@@ -28,7 +28,6 @@ STATES: dict[str, tuple[int, dict[str, Any]]] = {
     "the warm-up ends in a cut": (2, {"warmup_steps": 8, "virtual_batch_size": 3}),
     "cumulative": (4, {"warmup_steps": 0, "momentum": None}),
 }
-kept = partial(checkpoint, use_reentrant=False, context_fn=bn_ext.keep_statistics)
 
 
 def network(state: str, device: str = "cpu") -> nn.Module:
@@ -90,7 +89,7 @@ def by_mode(model: nn.Module, x: Tensor) -> Tensor:
 
 def within_another(model: nn.Module, x: Tensor) -> Tensor:
     """The inner one's forward runs again, where nothing may move, and its own recomputation goes by that."""
-    return kept(lambda t: checkpoint(model, t, use_reentrant=False, context_fn=bn_ext.keep_statistics), x)  # type: ignore[no-any-return]
+    return kept(lambda t: kept(model, t), x)  # type: ignore[no-any-return]
 
 
 def layer_by_layer(model: nn.Module, x: Tensor) -> Tensor:
@@ -171,23 +170,7 @@ def test_an_error_leaves_the_flag_as_it_was() -> None:
 
 def test_a_selective_checkpoint() -> None:
     def contexts() -> Any:
-        keep, (first, second) = (
-            bn_ext.keep_statistics(),
-            create_selective_checkpoint_contexts([torch.ops.aten.mm.default]),
-        )
-        return _both(keep[0], first), _both(keep[1], second)
+        selective = create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+        return tuple(map(Both, bn_ext.keep_statistics(), selective))
 
-    assert_as_without(lambda m, x: checkpoint(m, x, use_reentrant=False, context_fn=contexts), "the warm-up ends")
-
-
-class _both:
-    def __init__(self, *contexts: Any) -> None:
-        self.contexts = contexts
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+    assert_as_without(lambda m, x: kept(m, x, context_fn=contexts), "the warm-up ends")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 import bn_ext
-from checkpoints import gradients, kept, moved_once
+from checkpoints import Both, gradients, kept, moved_once
 from freezing import FUSED, equal, network, ours_and_native, state_of
 from support import OpLog, module_for, normal
 
@@ -37,21 +37,6 @@ SAVED: dict[str, tuple[Any, ...]] = {
     "layers": (aten.tanh.default, aten.clone.default, aten.silu.default),
     "batch norms": (torch.ops.bn_ext.batch_norm_forward.default, aten.native_batch_norm.default),
 }
-
-
-class Both:
-    """Two contexts as one, as often as it is entered."""
-
-    def __init__(self, *contexts: Any) -> None:
-        self.contexts = contexts
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
