@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -42,6 +43,20 @@ def _with_options(of_torch: Any) -> Any:
 # What a call of a batch norm goes by beside its input: running_mean, running_var, weight, bias, num_batches_tracked,
 # training, momentum, eps, as dispatch.by_operator takes them. A bare tuple: a named one takes 0.2 us to make.
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float | None, float]
+
+
+def padded_signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Return forward's with the names of lengths and mask alone: exporters fill in what has a default, by its place."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    return inspect.Signature(named)
+
+
+def check_absent(norm: nn.Module, absent: tuple[None, ...]) -> None:
+    """Raise nn.BatchNorm1d's TypeError for arguments by place that are more than an exporter's None."""
+    if len(absent) > 2 or any(one is not None for one in absent):
+        given = len(absent) + 2
+        raise TypeError(f"{type(norm).__name__}.forward() takes 2 positional arguments but {given} were given")
 
 
 def state_of(norm: nn.BatchNorm1d) -> State:
@@ -203,7 +218,9 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
             raise ValueError("allow_single_value goes by the running statistics, which track_running_stats=False lacks")
         self._allow_single_value = allow
 
-    def forward(self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *none: None, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if none:
+            check_absent(self, none)
         if type(input) is not Tensor and is_ragged(input):
             return of_values(self.forward, input, lengths, mask, cut=self._virtual_batch_size is not None)  # type: ignore[no-any-return]
         if lengths is not None or mask is not None:
@@ -219,7 +236,7 @@ class FusedBatchNorm1d(nn.BatchNorm1d):
         return self._native(input) if output is None else output
 
     # torch.jit.script cannot compile this forward; it reads the source of what it wraps, so it compiles torch's own.
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    forward.__signature__ = padded_signature(forward)  # type: ignore[attr-defined]
     forward.__wrapped__ = nn.BatchNorm1d.forward  # type: ignore[attr-defined]
 
     def _padded(self, input: Tensor, valid: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import checked_virtual_batch_size
-from .modules import mark_as_leaf
+from .modules import check_absent, mark_as_leaf, padded_signature
 from .ops import check_renorm_numbers
 from .padding import checked_valid
 from .ragged import is_ragged, of_values
@@ -146,7 +146,9 @@ class FusedBatchRenorm1d(nn.Module):
             state_dict[key] = torch.tensor(0, dtype=torch.int64) if count.is_meta else count
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
-    def forward(self, input: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *none: None, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if none:
+            check_absent(self, none)
         if type(input) is not Tensor and is_ragged(input):
             return of_values(self.forward, input, lengths, mask, cut=self.virtual_batch_size is not None)  # type: ignore[no-any-return]
         training = bool(self.training)
@@ -158,6 +160,8 @@ class FusedBatchRenorm1d(nn.Module):
         size = checked_virtual_batch_size(self.virtual_batch_size)
         valid = None if lengths is None and mask is None else checked_valid(lengths, mask)
         return computed(input, state, renorm, None, size, valid)
+
+    forward.__signature__ = padded_signature(forward)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         names = ("eps", "momentum", "max_r", "max_d", "warmup_steps", "smooth")

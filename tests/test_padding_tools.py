@@ -248,8 +248,11 @@ def test_the_signature_says_what_it_takes() -> None:
         assert list(inspect.signature(norm.forward).parameters) == ["input", "lengths", "mask"]
         x = normal((5, C, 7))
         valid, _ = positions_of(x.shape, "lengths")
-        # By place too: exporters and tracers fill in what has a default.
-        assert torch.equal(norm.eval()(x, valid["lengths"], None), norm(x, lengths=valid["lengths"]))
+        # By place nothing but what exporters and tracers fill in.
+        assert torch.equal(norm.eval()(x, None, None, **valid), norm(x, **valid))
+        for more in ((valid["lengths"],), (None, valid["lengths"]), (None, None, None)):
+            with pytest.raises(TypeError, match=f"takes 2 positional arguments but {len(more) + 2} were given"):
+                norm(x, *more)
 
 
 def test_traced_by_the_names_of_its_arguments() -> None:
