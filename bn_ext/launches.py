@@ -187,8 +187,9 @@ def predicted(pass_: str, plan: dict[str, Any], dtype: str, bandwidth: float, on
     What is read twice counts twice, although a cache may hold it.
     """
     moved = plan["read_bytes"] + plan["write_bytes"]
-    busy = max(moved / bandwidth / 1e3, issue_time(pass_, dtype, moved, on) or 0.0)
-    return float(plan["launches"] * LAUNCH + plan["meeting"] + plan["spread"] * busy)
+    issue = issue_time(pass_, dtype, moved, on) or 0.0
+    busy = max(moved / bandwidth / 1e3, plan["lone"], plan["busiest"] * issue)
+    return float(plan["launches"] * LAUNCH + plan["meeting"] + plan["waste"] * busy)
 
 
 def lines(pass_: str, plan: dict[str, Any], like: Tensor, bandwidth: float, on: Device) -> dict[str, str]:

@@ -143,7 +143,7 @@ def test_every_layout(layout: str) -> None:
 
 # A batch of so many pieces, of a growing number of samples or of values a sample, by walk.
 BATCHES: dict[str, Callable[[int, int], tuple[tuple[int, ...], int]]] = {
-    "columns": lambda n, pieces: ((n * pieces - 1, 72), n),
+    "columns": lambda n, pieces: ((n * pieces - 1, 40), n),
     "folded": lambda n, pieces: ((n * pieces - 1, 3), n),
     "by_span": lambda n, pieces: ((n * pieces - 1, 8, 7), n),
     "planes": lambda n, pieces: ((2 * pieces - 1, 2, n), 2),

@@ -17,6 +17,7 @@ constexpr double kClusterBarrier = 0.7, kGridBarrier = 2.5, kSecondBarrier = 1.5
 constexpr double kPartialBytes = 40e3;        // of partial results that an SM reads from the second-level cache
 constexpr double kIdle = 0.1;                 // cost of a device with idle SMs only, over one with none
 constexpr double kNarrow = 0.05;              // cost of rows of 128 bytes over rows of 512 and more
+constexpr double kLine = 128, kPart = 0.15;   // cost of rows of half a line of the cache; three times of a quarter
 constexpr int64_t kPooledPartials = 1024;     // more partial results a tile than this are merged once for all blocks
 constexpr int64_t kStreamedBytes = 16 << 20;  // outputs larger than this leave the cache to the input
 constexpr int kMaxCluster = 8;                // that every device with clusters can run
@@ -238,18 +239,19 @@ double settle(Plan* p, const Request& r, const Device& d, int64_t splits, Exchan
 
   const double total = static_cast<double>(p->read_bytes + p->write_bytes);
   const double rounds = static_cast<double>((blocks + d.sms - 1) / d.sms);
-  const double shared = total / (kSmBytes * d.sms);
-  double time = std::max(shared, rounds * total / static_cast<double>(blocks) / kLoneSmBytes);
-  if (blocks < d.sms) time *= 1 + kIdle * (1 - static_cast<double>(blocks) / d.sms);
+  p->busiest = rounds * d.sms / static_cast<double>(blocks);
+  p->lone = p->busiest * total / (kLoneSmBytes * d.sms);
+  p->waste = 1;
+  if (blocks < d.sms) p->waste *= 1 + kIdle * (1 - static_cast<double>(blocks) / d.sms);
   const double line = static_cast<double>(p->tx * p->vector * bytes);
-  if (!p->planes && p->tiles > 1 && line < 512) time *= 1 + kNarrow * (1 - line / 512);
-  p->spread = total > 0 ? time / shared : 1;
+  if (!p->planes && p->tiles > 1 && line < 512) p->waste *= 1 + kNarrow * (1 - line / 512);
+  if (!p->planes && p->tiles > 1 && line < kLine) p->waste *= 1 + kPart * (kLine / line - 1);
   p->meeting = p->exchange == Exchange::kCluster ? kClusterBarrier : 0;
   if (through_memory) {
     const double merging = static_cast<double>(partials) * 4 * wide / kPartialBytes;
     p->meeting += kGridBarrier + (p->pooled ? kSecondBarrier : merging);
   }
-  return time + p->meeting;
+  return p->waste * std::max(total / (kSmBytes * d.sms), p->lone) + p->meeting;
 }
 
 Plan make_plan(const Request& r, const Device& d) {
@@ -264,10 +266,10 @@ Plan make_plan(const Request& r, const Device& d) {
       best = p;
     }
   };
-  // Vector columns of a tile: rows of 128 bytes and more where channels lie side by side; one channel or, where these
-  // are short, several of the planes.
+  // Vector columns of a tile: rows of 128 bytes and more where channels lie side by side, fewer only to give more SMs a
+  // part of a sum; one channel or, where these are short, several of the planes.
   int64_t previous = 0;
-  for (const int64_t wanted : {8, 16, 32, 64, 1}) {
+  for (const int64_t wanted : {8, 16, 32, 64, 4, 2, 1}) {
     Plan p = laid;
     const int64_t short_planes = std::max<int64_t>(1, kThreads / std::max<int64_t>(p.rows, 1));
     // Single elements: more columns a row for the same bytes, but never so many that one thread sums a channel alone,
@@ -275,6 +277,7 @@ Plan make_plan(const Request& r, const Device& d) {
     const int64_t scalars = std::min<int64_t>(4 * wanted, kThreads / 4);
     shape_block(&p, p.planes ? std::min(wanted, short_planes) : p.vector == 1 ? scalars : wanted);
     if (p.tx == previous || (wanted == 1 && !p.planes)) continue;
+    if (wanted > 1 && wanted < 8 && (p.planes || !r.reduces || r.given)) continue;
     previous = p.tx;
     const int64_t most = std::max<int64_t>(1, (p.rows + p.ty - 1) / p.ty);
     if (!r.reduces || r.given) {

@@ -84,7 +84,9 @@ struct Plan {
   int64_t read_bytes = 0, write_bytes = 0;
   int launches = 1;
   double time = 0;     // microseconds
-  double spread = 1;   // times as long as if every SM moved its share of whole lines
+  double waste = 1;    // times as long, for parts of lines and idle SMs
+  double busiest = 1;  // share of the SM that has most to do, over an equal one
+  double lone = 0;     // microseconds in which that SM moves its bytes, when the others leave memory to it
   double meeting = 0;  // microseconds of time in which blocks meet
   int64_t pieces = 1;  // virtual batches side by side, each of so many blocks
   int64_t first = 0;   // of a padded batch: the first of these

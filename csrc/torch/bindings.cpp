@@ -147,7 +147,9 @@ py::dict launch_plan(const std::string& pass, const std::string& dtype, const st
   found["workspace_bytes"] = plan.workspace_bytes;
   found["read_bytes"] = plan.read_bytes;
   found["write_bytes"] = plan.write_bytes;
-  found["spread"] = plan.spread;
+  found["waste"] = plan.waste;
+  found["busiest"] = plan.busiest;
+  found["lone"] = plan.lone;
   found["meeting"] = plan.meeting;
   return found;
 }
