@@ -51,9 +51,12 @@ test: $(STAMPS)/test $(STAMPS)/third-party $(STAMPS)/built
 
 # What `make test` does a part of. -contract: with multiply and add in one, wherever ptxas may.
 PTX ?= 75 80 90 100 90-contract
+TALLY := $(abspath build/ptx-tally)
 test-ptx: $(STAMPS)/test $(STAMPS)/built
-	cd tests && export OMP_WAIT_POLICY=passive && for on in $(PTX); do BN_EXT_PTX=$$on $(abspath $(PY)) -m pytest -q \
-	  -n $(TEST_JOBS) $(filter-out %runtime.py,$(notdir $(wildcard tests/test_simt_*.py))) || exit 1; done
+	rm -rf $(TALLY)
+	cd tests && export OMP_WAIT_POLICY=passive BN_EXT_TALLY=$(TALLY) && for on in $(PTX); do BN_EXT_PTX=$$on \
+	  $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) $(filter-out %runtime.py,$(notdir $(wildcard tests/test_simt_*.py))) \
+	  || exit 1; done; $(abspath $(PY)) -m ptx.table $(TALLY)
 	cd tests && BN_EXT_EVERY_ARCH=1 BN_EXT_PTX_FAULTS=all $(abspath $(PY)) -m pytest -q -n $(TEST_JOBS) --dist loadfile \
 	  test_ptx_sources.py test_cuda_compile.py
 

@@ -38,7 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Give what a worker of pytest-xdist has to print to the process that prints."""
+    """Give what a worker of pytest-xdist has to print to the process that prints; write which kernels ran."""
+    if "simt.tally" in sys.modules:
+        sys.modules["simt.tally"].write()
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["printed"] = session.config.stash[_TABLE], session.config.stash[SECTIONS]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tally
 from .backend import Backend, backend
 from .bridge import CACHE, HERE, ROOT, Library, Session, build, cache
 from .calls import ACTIVATIONS, DTYPES, VECTORS, Call, Inputs, Pass, Result
@@ -345,6 +346,7 @@ def run(
         launcher = launchers[pass_].replace("drive_", f"drive_{kind}")
         result = Result(plan, s.run(launcher, ctypes.byref(call), workspace), last=last)
         placed.check_constant()
+        tally.note(pass_, inputs, plan)
         names = {"y": "output", "dx": "grad_input", "grad_weight": "grad_weight", "grad_bias": "grad_bias"}
         names |= {"grad_dy": "grad_grad_output", "grad_residual": "grad_residual", "stage": "stage"}
         if inputs.leaves_mask:
