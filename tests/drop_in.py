@@ -51,8 +51,9 @@ def told(call: Callable[[], object]) -> tuple[object, list[tuple[type[Warning], 
 
 
 def words(text: str) -> str:
-    """text without what tells the classes apart: their names, and where a forward was defined."""
+    """text without what tells the classes apart: their names, where a forward was defined, their operators' names."""
     text = re.sub(r"\b\w*BatchNorm\w*\.forward\(\)", "forward()", text)
+    text = re.sub(r" \(when checking argument in method [\w:]+\)", "", text)
     return text.replace("bn_ext.modules", "torch.nn.modules.batchnorm").replace("FusedBatchNorm1d", "BatchNorm1d")
 
 

@@ -171,7 +171,7 @@ def test_a_grid_that_no_longer_fits_is_planned_anew() -> None:
 
 def test_tensors_of_two_devices_are_refused() -> None:
     x, weight = torch.ones(SHAPE, device="cuda:1"), torch.ones(8, device="cuda:0")
-    with pytest.raises(RuntimeError, match="cuda:0 is not on the expected device cuda:1"):
+    with pytest.raises(RuntimeError, match="weight is on cuda:0, different from other tensors on cuda:1"):
         OPS.batch_norm_forward(x, weight, None, None, None, None, 0.1, 1e-5)
 
 

@@ -141,7 +141,9 @@ def test_fake_kernels_tell_the_truth(device: str, layout: str, dtype: torch.dtyp
             meta = describe(handle(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)))
             assert fake == real
             if layout in ("contiguous", "permuted", "channels_first"):  # .to("meta") keeps dense strides only
-                assert [d[:2] + d[3:] for d in meta] == [d[:2] + d[3:] for d in real]
+                # How many bits of a mask a byte holds depends on the device, which a tensor without one cannot know.
+                seen = [d for d in zip(meta, real, strict=True) if device == "cpu" or d[0][1] != torch.uint8]
+                assert [d[:2] + d[3:] for d, _ in seen] == [d[:2] + d[3:] for _, d in seen]
 
 
 def test_schemas_declare_what_is_written() -> None:

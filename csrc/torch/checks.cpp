@@ -32,6 +32,16 @@ void check_defined(const Tensor& t, const char* name) {
   TORCH_CHECK_TYPE(t.defined(), "argument '", name, "' must be Tensor, not None");
 }
 
+// In the words that torch has for a GPU's operators, and those that it has for all others.
+void check_device(const Tensor& t, const Tensor& input, const char* name) {
+  const at::Device mine = t.device(), wanted = input.device();
+  if (mine == wanted) return;
+  TORCH_CHECK(!mine.is_cuda() && !wanted.is_cuda(), "Expected all tensors to be on the same device, but got ", name,
+              " is on ", mine, ", different from other tensors on ", wanted,
+              " (when checking argument in method bn_ext::batch_norm)");
+  TORCH_CHECK(false, "Tensor on device ", mine, " is not on the expected device ", wanted, "!");
+}
+
 // The kernels read any element that sizes and strides speak of, so all of them must be there.
 static void check_storage(const Tensor& t) {
   (void)t.unsafeGetTensorImpl()->data_ptr_impl<char>();  // raises in torch's words where there is no memory
@@ -61,8 +71,7 @@ static bool stands_for_others(const Tensor& t) {
 static void check_composed(const Tensor& t, const Tensor& input, const char* name) {
   dtype_of(t, name);
   TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided, '"', name, "\" not implemented for layout ", t.layout());
-  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
-              input.device(), "!");
+  check_device(t, input, name);
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
   if (impl->has_storage() && !t.is_meta() && !stands_for_others(t)) check_storage(t);
 }
@@ -82,8 +91,9 @@ void check_vector(const OptionalTensor& t, const Tensor& input, const char* name
 void check_valid(const Tensor& t, const Tensor& input) {
   const auto size = input.sym_sizes();
   const auto type = t.scalar_type();
-  TORCH_CHECK(t.layout() == at::kStrided && t.device() == input.device(), "Tensor on device ", t.device(),
-              " is not on the expected device ", input.device(), "!");
+  const char* const name = type == at::kBool ? "mask" : "lengths";
+  check_device(t, input, name);
+  TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided, '"', name, "\" not implemented for layout ", t.layout());
   if (type == at::kBool) {
     const bool fits = t.dim() == input.dim() - 1 && t.sym_size(0) == size[0] &&
                       (input.dim() == 2 || (t.dim() == 2 && t.sym_size(1) == size[2]));

@@ -71,6 +71,7 @@ void* mutable_data_of(const Tensor& t);
 
 // Raises a TypeError for an undefined tensor; None passes only where a schema allows it.
 void check_defined(const Tensor& t, const char* name);
+void check_device(const Tensor& t, const Tensor& input, const char* name);
 
 // What a composition asks of an argument that torch's own operations would broadcast, or read although it was freed:
 // the size of input, or one value a channel. None passes where it may be None.

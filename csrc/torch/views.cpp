@@ -20,8 +20,7 @@ VectorRef vector_ref(const OptionalTensor& given, const Tensor& input, const cha
   if (!has(given)) return {};
   const Tensor& t = *given;
   TORCH_CHECK(t.numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t.numel());
-  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
-              input.device(), "!");
+  check_device(t, input, name);
   TORCH_CHECK(t.dim() == 1 || t.is_contiguous(), name, " of ", t.dim(), " dimensions should be contiguous");
   return {writes ? mutable_data_of(t) : const_cast<void*>(data_of(t)), dtype_of(t, "batch_norm"),
           t.dim() == 1 ? t.stride(0) : 1};
@@ -32,8 +31,7 @@ Tensor like_input(const Tensor& t, const Tensor& input, const char* name) {
   dtype_of(t, name);
   TORCH_CHECK(t.sizes() == input.sizes(), name, " should have the size of input, ", input.sizes(), ", but has ",
               t.sizes());
-  TORCH_CHECK(t.device() == input.device(), "Tensor on device ", t.device(), " is not on the expected device ",
-              input.device(), "!");
+  check_device(t, input, name);
   return t.scalar_type() == input.scalar_type() ? t : t.to(input.scalar_type());
 }
 
@@ -48,8 +46,7 @@ Epilogue epilogue_of(const Tensor& input, const After& after) {
               ", but has ", residual.sizes());
   TORCH_CHECK(residual.scalar_type() == input.scalar_type(), "residual should have the type of input, ",
               input.scalar_type(), ", but has ", residual.scalar_type());
-  TORCH_CHECK(residual.device() == input.device(), "Tensor on device ", residual.device(),
-              " is not on the expected device ", input.device(), "!");
+  check_device(residual, input, "residual");
   if (input.numel() > 0) e.residual = input_ref(residual);
   return e;
 }

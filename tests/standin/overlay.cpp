@@ -182,10 +182,12 @@ void keep_for_graph(std::shared_ptr<Call> call) {
 // As torch's kernels for CUDA do, where the CPU's would take memory of another device.
 void check_devices(const c10::FunctionSchema& schema, const std::vector<IValue>& arguments) {
   if (schema.name().find("batch_norm") == std::string::npos) return;
-  for (const IValue& v : arguments) {
-    each_tensor(v, [](const at::Tensor& t) {
-      TORCH_CHECK(!t.defined() || (t.is_cuda() && t.get_device() == c10::cuda::current_device()),
-                  "Expected all tensors to be on the same device, but found at least two devices");
+  const at::Device on(at::kCUDA, c10::cuda::current_device());
+  for (size_t k = 0; k < arguments.size(); ++k) {
+    each_tensor(arguments[k], [&](const at::Tensor& t) {
+      TORCH_CHECK(!t.defined() || t.device() == on, "Expected all tensors to be on the same device, but got ",
+                  schema.arguments()[k].name(), " is on ", t.device(), ", different from other tensors on ", on,
+                  " (when checking argument in method wrapper_CUDA_", schema.name(), ")");
     });
   }
 }

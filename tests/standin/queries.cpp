@@ -33,6 +33,8 @@ int other_attribute(int* value, cudaDeviceAttr attribute) {
     case cudaDevAttrUnifiedAddressing:
     case cudaDevAttrConcurrentKernels:
       return *value = 1, cudaSuccess;
+    case cudaDevAttrClockRate:
+      return *value = 1980000, cudaSuccess;  // kHz: an H200's
     case cudaDevAttrTextureAlignment:
       return *value = 512, cudaSuccess;
     default:
