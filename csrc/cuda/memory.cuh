@@ -119,7 +119,7 @@ template <int N, Cache C = Cache::kDefault, typename T>
 __device__ __forceinline__ Vec<T, N> load(const T* p BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT
   Vec<T, N> r;
-  simt::touch(p, sizeof(r), false, site);
+  simt::touch(p, sizeof(r), false, site, C == Cache::kLastUse);
   memcpy(&r, p, sizeof(r));
   return r;
 #else
@@ -147,7 +147,7 @@ __device__ __forceinline__ Vec<T, N> load_coherent(const T* p BN_EXT_SITE) {
 template <Cache C = Cache::kDefault, typename T, int N>
 __device__ __forceinline__ void store(T* p, const Vec<T, N>& v BN_EXT_SITE) {
 #ifdef BN_EXT_SIMT
-  simt::touch(p, sizeof(v), true, site);
+  simt::touch(p, sizeof(v), true, site, C == Cache::kLastUse);
   memcpy(p, &v, sizeof(v));
 #else
   const auto word = detail::bits_of<typename detail::Word<sizeof(T) * N>::Type>(v);

@@ -42,6 +42,7 @@ long* field(const char* key) {
       {"threads_per_sm", &model.threads_per_sm},
       {"blocks_per_sm", &model.blocks_per_sm},
       {"l2_bytes", &model.l2_bytes},
+      {"cache_bytes", &model.cache_bytes},
       {"sms_per_gpc", &model.sms_per_gpc},
       {"registers", &model.registers},
       {"static_shared", &model.static_shared},

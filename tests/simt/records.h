@@ -22,6 +22,7 @@ struct Device {
   long registers;      // a thread, of every kernel: occupancy follows from it
   long static_shared;  // bytes a block, of every kernel: likewise
   long cooperative = 1;
+  long cache_bytes = 0;  // of a second-level cache whose misses are counted, 0: of none
 };
 const Device& device();
 // cudaSuccess and the launch's cluster size and cooperative flag, or what CUDA would refuse it with.
@@ -40,6 +41,7 @@ struct Buffer {
   bool filled = false, constant = false;  // by the host; what no kernel may write
   std::vector<uint8_t> written;           // of a buffer that is not filled: whether each byte was written
   std::vector<uint8_t> cover[2];          // how often this launch read and wrote each byte
+  std::vector<uint64_t> used;             // when each sector was last used, by the counted cache's clock
 };
 
 void* allocate_guarded(const char* name, size_t bytes, size_t align, bool left, bool sparse);
@@ -57,6 +59,7 @@ bool fill(void* pointer, int value, size_t bytes);  // false: outside of the buf
 struct LineTraffic {
   struct Access {
     uint32_t lanes = 0, bytes = 0, sectors[32];
+    bool last_use = false;
   };
   Site site;
   int buffer;
@@ -85,11 +88,14 @@ struct Launch {
   uint64_t grid_barriers = 0;
   std::vector<uint64_t> block_bytes;
   std::map<int, Counter> reads, writes;  // by buffer, -1: memory that is no buffer
+  std::map<int, uint64_t> missed;        // bytes that were read and not in the cache
 };
 
 void begin_launch(const Launch& launch);  // counting starts
 Launch& launch_record();
-void count_access(WarpTraffic* warp, int lane, Site site, Buffer* buffer, const void* address, int bytes, bool write);
+// last_use: such a sector leaves the cache first.
+void count_access(WarpTraffic* warp, int lane, Site site, Buffer* buffer, const void* address, int bytes, bool write,
+                  bool last_use = false);
 void finish_warp(WarpTraffic* warp);  // its accesses are complete
 void finish_block(uint64_t linear, uint64_t bytes);
 void end_launch();

@@ -160,8 +160,8 @@ void copy_async_wait(int groups_left) {
   copies.erase(copies.begin(), copies.begin() + n);
 }
 
-void touch(const void* address, int bytes, bool write, Site site) {
-  preempt(32);
+void touch(const void* address, int bytes, bool write, Site site, bool last_use) {
+  preempt(device().cache_bytes > 0 ? 1 : 32);  // a cache is for threads that go on side by side
   Buffer* const b = buffer_at(address);
   const char* verb = write ? "writes " : "reads ";
   const auto at = [&] { return " at " + std::string(site.file) + ":" + std::to_string(site.line); };
@@ -178,7 +178,7 @@ void touch(const void* address, int bytes, bool write, Site site) {
   }
   Block& block = *current->block;
   block.bytes += bytes;
-  count_access(&block.warps[current->linear / 32], lane(), site, b, address, bytes, write);
+  count_access(&block.warps[current->linear / 32], lane(), site, b, address, bytes, write, last_use);
 }
 
 }  // namespace simt

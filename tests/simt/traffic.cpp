@@ -20,6 +20,41 @@ struct Record {
 std::vector<Record> records;
 std::string error_text, report_text;
 
+// The second-level cache, where the device model has it counted: sectors of 32 bytes, of which those that were said to
+// be used for the last time leave first, then the one that was used longest ago. It is empty before a call.
+struct Cache {
+  struct Use {
+    Buffer* buffer;
+    uint32_t sector;
+    uint64_t time;
+  };
+  uint64_t now = 0, emptied = 0, held = 0;
+  std::deque<Use> leave_first, in_order;
+
+  void use(Buffer* b, uint32_t sector, bool write, bool last_use) {
+    if (b->used.empty()) b->used.resize(b->map_bytes / 32);
+    uint64_t& time = b->used[sector];
+    if (time <= emptied) {
+      ++held;
+      if (!write) records.back().launch.missed[b->id] += 32;
+    }
+    time = ++now;
+    (last_use ? leave_first : in_order).push_back({b, sector, time});
+    while (held * 32 > static_cast<uint64_t>(device().cache_bytes)) {
+      std::deque<Use>& from = leave_first.empty() ? in_order : leave_first;
+      uint64_t& time = from.front().buffer->used[from.front().sector];
+      if (time == from.front().time) time = 0, --held;
+      from.pop_front();
+    }
+  }
+  void clear() {
+    emptied = now;
+    held = 0;
+    leave_first.clear();
+    in_order.clear();
+  }
+} cache;
+
 void count(const LineTraffic& line, LineTraffic::Access& access) {
   uint32_t* const end = access.sectors + __builtin_popcount(access.lanes);
   std::sort(access.sectors, end);
@@ -27,8 +62,14 @@ void count(const LineTraffic& line, LineTraffic::Access& access) {
   Counter& c = (line.write ? launch.writes : launch.reads)[line.buffer];
   c.accesses += 1;
   c.bytes += access.bytes;
-  c.sectors += std::unique(access.sectors, end) - access.sectors;
+  uint32_t* const last = std::unique(access.sectors, end);
+  c.sectors += last - access.sectors;
   c.ideal_sectors += (access.bytes + 31) / 32;
+  if (device().cache_bytes == 0 || line.buffer < 0) return;
+  Buffer* const b = &live_buffers().at(line.buffer);
+  for (const uint32_t* sector = access.sectors; sector < last; ++sector) {
+    cache.use(b, *sector, line.write, access.last_use);
+  }
 }
 
 LineTraffic& line_of(WarpTraffic& warp, Site site, int buffer, bool write) {
@@ -68,6 +109,8 @@ std::string json(const Launch& launch, const Record& record) {
       const auto it = counters.find(id);
       if (it == counters.end()) continue;
       const Counter& c = it->second;
+      const auto missed = launch.missed.find(id);
+      if (!write && missed != launch.missed.end()) fields += "\"missed_bytes\":" + number(missed->second);
       const std::string verb = write ? "write" : "read";
       fields += std::string(fields.empty() ? "" : ",") + "\"" + verb + "_bytes\":" + number(c.bytes) + ",\"" + verb +
                 "_accesses\":" + number(c.accesses) + ",\"" + verb + "_sectors\":" + number(c.sectors) + ",\"" + verb +
@@ -93,7 +136,8 @@ void begin_launch(const Launch& launch) {
 
 Launch& launch_record() { return records.back().launch; }
 
-void count_access(WarpTraffic* warp, int lane, Site site, Buffer* b, const void* address, int bytes, bool write) {
+void count_access(WarpTraffic* warp, int lane, Site site, Buffer* b, const void* address, int bytes, bool write,
+                  bool last_use) {
   if (b != nullptr) {
     auto& cover = b->cover[write];
     if (cover.empty() && b->bytes <= kCoverLimit) cover.resize(b->bytes);
@@ -109,6 +153,7 @@ void count_access(WarpTraffic* warp, int lane, Site site, Buffer* b, const void*
       static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) / 32 - base);
   access.lanes |= 1u << lane;
   access.bytes += bytes;
+  access.last_use = last_use;
   while (!line.accesses.empty() && line.accesses.front().lanes == warp->exist) {
     count(line, line.accesses.front());
     line.accesses.pop_front();
@@ -160,5 +205,6 @@ SIMT_API const char* simt_report() {
 }
 SIMT_API void simt_reset() {
   simt::records.clear();
+  simt::cache.clear();
   simt::error_text.clear();
 }

@@ -40,8 +40,9 @@ void* map_shared(void* pointer, unsigned rank);
 unsigned cluster_size();
 unsigned cluster_rank();
 
-// Access to a tensor in global memory by the helpers of csrc/cuda/memory.cuh: checked, and counted by tensor.
-void touch(const void* address, int bytes, bool write, Site site);
+// Access to a tensor in global memory by the helpers of csrc/cuda/memory.cuh: checked, and counted by tensor. last_use:
+// the caches are told that nobody reads it again.
+void touch(const void* address, int bytes, bool write, Site site, bool last_use = false);
 
 // Asynchronous copies become visible at the wait that covers them, not before.
 void copy_async(void* shared, const void* global, int bytes, Site site);
