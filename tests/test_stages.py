@@ -98,7 +98,8 @@ def assert_nearly_equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced_last"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_part_is_the_whole_call(device: str, shape: str, layout: str, dtype: torch.dtype, after: str) -> None:
-    same = assert_nearly_equal if layout == "sliced_last" else assert_equal
+    # A GPU's blocks share a sum as it suits what the pass moves, and a stage moves less.
+    same = assert_nearly_equal if layout == "sliced_last" or device != "cpu" else assert_equal
     d = Data.of(SHAPES[shape], dtype, device, layout, after)
     whole, staged = Channels.of(d.x), Channels.of(d.x)
     for momentum in (MOMENTUM, None):

@@ -189,7 +189,9 @@ def test_gradients_of_a_graph_are_those_without_one(device: str, dtype: torch.dt
     for create_graph in (False, True):
         y = batch_norm(x, None, None, None, None, True, residual=r, activation="relu", virtual_batch_size=6)
         found.append(torch.autograd.grad(y, x, g, create_graph=create_graph)[0])
-    assert torch.equal(*found)
+    # A GPU takes the pieces side by side or one by one, whose blocks share sums in other ways.
+    roundings = 0 if device == "cpu" else 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*found, rtol=roundings, atol=roundings)
 
 
 @pytest.mark.parametrize("shape", [(23, C), (6000, C), (64, C, 300)])

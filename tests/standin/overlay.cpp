@@ -216,7 +216,10 @@ void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
   if (name == "aten::_local_scalar_dense") c10::cuda::stream_synchronize(c10::cuda::getCurrentCUDAStream());
   const bool kept = capturing();
   if (works && !kept) standin_ran(name.c_str(), ::stream());
-  for (const IValue& v : kept ? run_for_shapes(*call) : call->run()) stack->push_back(call->to_device(v));
+  const bool packs = name == "aten::_pack_padded_sequence";  // whose second result lies on the host, as on a GPU
+  for (const IValue& v : kept ? run_for_shapes(*call) : call->run()) {
+    stack->push_back(packs && stack->size() > first ? v : call->to_device(v));
+  }
   if (kept) keep_for_graph(call);
 }
 
