@@ -144,11 +144,15 @@ def test_a_step_is_two_kernels_and_nothing_else(training: bool) -> None:
 # ---- devices that are not as they were, or not as the build wants them ----
 
 
-def test_a_grid_that_no_longer_fits_is_planned_anew() -> None:
-    """As where another process takes part of the device: the blocks of one launch could not wait for each other."""
-    x, g = tensors((16384, 32))
+@pytest.mark.parametrize(
+    ("shape", "exchange", "refusals"),
+    [((16384, 16), "grid", 1), ((1024, 64), "cluster", 1), ((4096, 32), "cluster", 2)],
+)
+def test_what_no_longer_fits_is_planned_anew(shape: tuple[int, ...], exchange: str, refusals: int) -> None:
+    """As where another process takes part of the device: the blocks that meet could not wait for each other."""
+    x, g = tensors(shape)
     on = launches.device("cuda:0")
-    assert launches.plan_of("backward", on, x, g)["exchange"] == "grid"
+    assert launches.plan_of("backward", on, x, g)["exchange"] == exchange
     _, saved, _ = OPS.batch_norm_forward(x, None, None, None, None, None, 0.1, 1e-5)
     found: list[list[Tensor]] = []
 
@@ -158,13 +162,16 @@ def test_a_grid_that_no_longer_fits_is_planned_anew() -> None:
     assert len(work_of(backward)) == 1
     figure = ctypes.CDLL(None).standin_set
     figure.argtypes = ctypes.c_char_p, ctypes.c_long
-    assert figure(b"sms", 8)
+    assert figure(b"sms", 2)  # four blocks at once: less than a cluster's eight, and than a grid's
     try:
         work = work_of(backward)
     finally:
         figure(b"sms", on.sms)
-    instead = launches.plan_of("backward", dataclasses.replace(on, cooperative=False), x, g)["launches"]
-    assert len(work) == 1 + instead, work  # what is refused, and what comes in its place
+    # Kernels without clusters are those of an older device.
+    left = {"capability": 80} if exchange == "cluster" else {}
+    left |= {"cooperative": False} if refusals == 2 or exchange == "grid" else {}
+    instead = launches.plan_of("backward", dataclasses.replace(on, **left), x, g)["launches"]
+    assert len(work) == refusals + instead, work  # what is refused, and what comes in its place
     for mine, right in zip(*found, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 

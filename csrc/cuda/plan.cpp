@@ -287,7 +287,7 @@ Plan make_plan(const Request& r, const Device& d) {
       continue;
     }
     consider(p, 1, Exchange::kNone);
-    if (d.capability >= 90) {
+    if (d.capability >= 90 && d.clusters) {
       const int64_t largest = std::min<int64_t>({kMaxCluster, d.sms, most});
       for (int64_t s = 2; s <= largest; s *= 2) consider(p, s, Exchange::kCluster);
     }

@@ -20,6 +20,7 @@ struct Device {
   int sms = 132;
   int64_t shared_per_block = 227 * 1024, shared_per_sm = 228 * 1024, reserved_per_block = 1024;  // bytes
   bool cooperative = true;
+  bool clusters = true;  // where the capability has them
 };
 
 // How the blocks of a tile merge their partial results.

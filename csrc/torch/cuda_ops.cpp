@@ -50,12 +50,15 @@ void plan_and_launch(const Tensor& input, const Args& args, const PlanFor& plan_
     }
     return launch(args, plan, memory, c10::cuda::getCurrentCUDAStream(input.get_device()));
   };
+  // Something (MPS, a partition, a debugger) may keep part of the device from us: the blocks of a grid or of a cluster
+  // cannot all be there to wait for each other.
   cudaError_t error = attempt();
-  if (error == cudaErrorCooperativeLaunchTooLarge && device.cooperative) {
-    // Something (MPS, a debugger) keeps part of the device from us: the blocks cannot all wait for each other.
+  for (; error != cudaSuccess; error = attempt()) {
+    const bool no_cluster = error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources;
+    bool& way = no_cluster ? device.clusters : device.cooperative;
+    if (!way || !(no_cluster || error == cudaErrorCooperativeLaunchTooLarge)) break;
     (void)cudaGetLastError();
-    device.cooperative = false;
-    error = attempt();
+    way = false;
   }
   C10_CUDA_CHECK(error);
 }
