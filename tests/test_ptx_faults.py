@@ -145,7 +145,7 @@ PLANTED: dict[str, tuple[str, int, str, int | None, str, str, int, str]] = {
         -1,
         r"\tcp.async.ca\1, 8;",
         NONE,
-        257,
+        513,
         "that nobody wrote",
     ),
     "a mask of half a warp": (
