@@ -174,7 +174,7 @@ def test_strided_vectors_of_mixed_types(pass_: Pass) -> None:
 @models
 @pytest.mark.parametrize(
     ("momentum", "batches"),
-    [(0.1, None), (0.1, 0), (0.0, 6), (1.0, None), (1.5, 6), (None, 0), (None, 6)],
+    [(0.1, None), (0.1, 0), (0.0, 6), (1.0, None), (1.5, 6), (None, 0), (None, 6), (None, -5), (None, 2**38)],
     ids=lambda v: f"{v}",
 )
 def test_momentum_and_counter(momentum: float | None, batches: int | None, model: dict[str, Any]) -> None:
@@ -205,6 +205,15 @@ def test_backward_takes_what_forward_saved() -> None:
 @pytest.mark.parametrize("pass_", Pass, ids=ids)
 def test_eps(pass_: Pass, eps: float) -> None:
     check(pass_, make((64, 8), eps=eps), **H200)
+
+
+@pytest.mark.parametrize("variance", [3e38, 1e-42])
+def test_variances_beyond_normal_floats(variance: float) -> None:
+    inputs = make((64, 8), eps=1e-44)
+    assert inputs.running_var is not None
+    inputs.running_var.fill_(variance)
+    inputs.x *= variance**0.5
+    check(INFERENCE, inputs, **H200)
 
 
 def test_strides_that_reach_beyond_32_bits() -> None:

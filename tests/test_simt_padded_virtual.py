@@ -144,6 +144,22 @@ def test_some_gradients(wants: tuple[bool, bool, bool]) -> None:
     assert tuple(t is not None for t in (result.grad_input, result.grad_weight, result.grad_bias)) == wants
 
 
+def test_one_without_a_value_adds_no_gradient_whatever_its_invstd() -> None:
+    """Its variance is 0, and an eps that no float holds makes its invstd infinite."""
+    x, g = normal((4, 3, 5)), normal((4, 3, 5), seed=1)
+    inputs = Inputs(x, g, torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), eps=1e-46)
+    found = []
+    for lengths, size in (([0, 0, 5, 5], 2), ([5, 5, 0, 0], 2), ([5, 5], 0)):
+        some = slice(2, 4) if not lengths[0] else slice(0, 2)
+        cut_into = (
+            {"virtual_batch_size": size, "x": x, "grad_output": g} if size else {"x": x[some], "grad_output": g[some]}
+        )
+        one = replace(inputs, **cut_into, valid=torch.tensor(lengths))
+        found.append(run(BACKWARD, one, saved=run(FORWARD, one, **H200).saved, **H200))
+    assert all(result.grad_weight is not None and result.grad_weight.isfinite().all() for result in found)
+    assert torch.equal(found[1].grad_weight, found[2].grad_weight)  # type: ignore[arg-type]
+
+
 def test_more_of_them_than_a_grid_has_rows() -> None:
     if backend().architecture:
         pytest.skip("too many blocks to interpret")

@@ -186,13 +186,13 @@ struct ActivatedGradient {
 
   // use(gradient): gradient(dy, bits, i, x, residual, mean_hi, scale, shift) of element i.
   template <class Use>
-  static __device__ __forceinline__ void with_gradient(const Args& a, const Use& use) {
+  static __device__ __forceinline__ void with_gradient(const Epilogue& e, const Use& use) {
     if constexpr (kSource == Source::kMask) {
-      const bool zero = a.epilogue.activation == Activation::kReLU;
-      const A slope = static_cast<A>(a.epilogue.negative_slope);
+      const bool zero = e.activation == Activation::kReLU;
+      const A slope = static_cast<A>(e.negative_slope);
       use([=](A dy, Beside bits, int i, auto...) { return bits >> i & 1u ? dy : zero ? A(0) : dy * slope; });
     } else {
-      with_kind_of<kSource, A>(a.epilogue, [&](const auto& act) {
+      with_kind_of<kSource, A>(e, [&](const auto& act) {
         use([&](A dy, Beside, int, A x, A residual, A mean_hi, A scale, A shift) {
           const A v = (x - mean_hi) * scale + shift;
           return act.gradient(dy, kSource == Source::kSum ? v + residual : v);
@@ -249,7 +249,7 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   template <int U>
   static __device__ __forceinline__ void add(State* s, const Chunk<T, V, kInputs, U>& chunk, int rows,
                                              const Beside* beside, const Args& a) {
-    Of::with_gradient(a, [&](const auto& g) {
+    Of::with_gradient(a.epilogue, [&](const auto& g) {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         if (u < rows) {
@@ -270,7 +270,7 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
                                        Beside bits, const Args& a) {
     Partial<A> r{{s->all_dy[i], A(0), s->all_dot[i], A(0)}};
     if (has_tail) {
-      Of::with_gradient(a, [&](const auto& g) {
+      Of::with_gradient(a.epilogue, [&](const auto& g) {
         const A dy = gradient(*s, g, tail, i, 0, bits);
         add_compensated(&r[0], &r[1], dy, A(0));
         add_compensated(&r[2], &r[3], dy * (widen(tail[1][0]) - s->shift[i]), A(0));
@@ -282,7 +282,7 @@ struct ActivatedBackward : GradientSums<T, V>, ActivatedGradient<T, V, kSource> 
   static __device__ __forceinline__ Results<T, V, 2> apply(const Vec<T, V> (&in)[kInputs], Beside bits,
                                                            const A (&c)[kCoefficients][V], const Args& a) {
     Results<T, V, 2> r;
-    Of::with_gradient(a, [&](const auto& gradient) {
+    Of::with_gradient(a.epilogue, [&](const auto& gradient) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const A x = widen(in[1][i]);
@@ -333,7 +333,7 @@ struct ActivationGradient : ActivatedGradient<T, V, kSource> {
   static __device__ __forceinline__ Results<T, V, 2> apply(const Vec<T, V> (&in)[kInputs], Beside bits,
                                                            const A (&c)[kCoefficients][V], const Args& a) {
     Results<T, V, 2> r;
-    Of::with_gradient(a, [&](const auto& gradient) {
+    Of::with_gradient(a.epilogue, [&](const auto& gradient) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const A dy = widen(in[0][i]), scale = c[0][i];

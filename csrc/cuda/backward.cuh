@@ -134,10 +134,12 @@ struct GradientSums {
     for (int64_t i = 0; i < a.earlier; ++i) {
       one.saved = saved_from(a, i - a.earlier);
       const GradientSum s = given_sums(a.stage_of(i), channel, a.shape.c);
+      if (s.count == 0) continue;  // its invstd may be infinite
       weights += of_weight(one, channel, s, saved(one, kSavedInvstd, channel));
       biases += s.dy;
     }
-    put_gradients(static_cast<const Args&>(a), channel, weights + of_weight(a, channel, sum, invstd), biases + sum.dy);
+    if (sum.count > 0) weights += of_weight(a, channel, sum, invstd);
+    put_gradients(static_cast<const Args&>(a), channel, weights, biases + sum.dy);
   }
   static __device__ double of_weight(const Args& a, int64_t channel, const GradientSum& sum, double invstd) {
     const double dot = sum.dot * invstd;

@@ -72,6 +72,11 @@ cudaError_t run_training(const Plan& plan, const typename Op::Args& args, void* 
   if (args.valid) return launch(padded_apply_kernel<Op>, plan, true, stream, plan, args);
   return reduce_and_apply<Op>(plan, args, workspace, stream);
 }
+template <class Op>
+cudaError_t run_training(const Plan& plan, const PieceArgs<typename Op::Args>& args, void* workspace,
+                         cudaStream_t stream) {
+  return reduce_and_apply<Op>(plan, args, workspace, stream);
+}
 
 // `Use` is given the kernel's operation for the plan's vector.
 template <template <typename, int> class Op, typename T, class Use>
@@ -113,11 +118,26 @@ cudaError_t forward_pieces_of(const PieceArgs<ForwardArgs>& args, const Plan& pl
                        : with_vector<Forward, T>(plan, reduce);
 }
 
+// use(source): what tells the activation's derivative, as a constant.
+template <class Use>
+cudaError_t with_source(const Epilogue& epilogue, const Use& use) {
+  switch (source_of(epilogue)) {
+    case Source::kSign:
+      return use(std::integral_constant<Source, Source::kSign>());
+    case Source::kArgument:
+      return use(std::integral_constant<Source, Source::kArgument>());
+    case Source::kSum:
+      return use(std::integral_constant<Source, Source::kSum>());
+    default:
+      return use(std::integral_constant<Source, Source::kMask>());
+  }
+}
+
 template <typename T, Source kSource, class Args>
 cudaError_t sums_by(const Args& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   constexpr int kFull = access_bytes(Pass::kActivatedBackward, sizeof(T)) / static_cast<int>(sizeof(T));
-  if (plan.vector == 1) return reduce_and_apply<ActivatedBackward<T, 1, kSource>>(plan, args, workspace, stream);
-  return reduce_and_apply<ActivatedBackward<T, kFull, kSource>>(plan, args, workspace, stream);
+  if (plan.vector == 1) return run_training<ActivatedBackward<T, 1, kSource>>(plan, args, workspace, stream);
+  return run_training<ActivatedBackward<T, kFull, kSource>>(plan, args, workspace, stream);
 }
 
 template <typename T>
@@ -128,16 +148,7 @@ cudaError_t backward_pieces_of(const PieceArgs<BackwardArgs>& args, const Plan& 
       return reduce_and_apply<std::remove_pointer_t<decltype(op)>>(plan, args, workspace, stream);
     });
   }
-  switch (source_of(args.epilogue)) {
-    case Source::kSign:
-      return sums_by<T, Source::kSign>(args, plan, workspace, stream);
-    case Source::kArgument:
-      return sums_by<T, Source::kArgument>(args, plan, workspace, stream);
-    case Source::kSum:
-      return sums_by<T, Source::kSum>(args, plan, workspace, stream);
-    default:
-      return sums_by<T, Source::kMask>(args, plan, workspace, stream);
-  }
+  return with_source(args.epilogue, [&](auto source) { return sums_by<T, source()>(args, plan, workspace, stream); });
 }
 
 template <typename T, Source kSource>
@@ -151,16 +162,8 @@ cudaError_t backward_by(const BackwardArgs& args, const Plan& plan, void* worksp
 template <typename T>
 cudaError_t backward_of(const BackwardArgs& args, const Plan& plan, void* workspace, cudaStream_t stream) {
   if (args.epilogue.activates()) {
-    switch (source_of(args.epilogue)) {
-      case Source::kSign:
-        return backward_by<T, Source::kSign>(args, plan, workspace, stream);
-      case Source::kArgument:
-        return backward_by<T, Source::kArgument>(args, plan, workspace, stream);
-      case Source::kSum:
-        return backward_by<T, Source::kSum>(args, plan, workspace, stream);
-      default:
-        return backward_by<T, Source::kMask>(args, plan, workspace, stream);
-    }
+    return with_source(args.epilogue,
+                       [&](auto source) { return backward_by<T, source()>(args, plan, workspace, stream); });
   }
   if (args.training) {
     return with_vector<Backward, T>(plan, [&](auto* op) {
@@ -200,7 +203,11 @@ cudaError_t padded_of(PaddedPass pass, const PaddedArgs& args, cudaStream_t stre
   if (pass == PaddedPass::kMoments) {
     return launch_padded(padded_kernel<PaddedMoments<T>>, args, kPaddedThreads * sizeof(Moments<double>), stream);
   }
-  return launch_padded(padded_kernel<PaddedSums<T>>, args, kPaddedThreads * sizeof(GradientSum), stream);
+  constexpr size_t kShared = kPaddedThreads * sizeof(GradientSum);
+  if (!args.epilogue.activates()) return launch_padded(padded_kernel<PaddedSums<T>>, args, kShared, stream);
+  return with_source(args.epilogue, [&](auto source) {
+    return launch_padded(padded_kernel<PaddedActivatedSums<T, source()>>, args, kShared, stream);
+  });
 }
 
 // Defines the entries of one type (entries.h).

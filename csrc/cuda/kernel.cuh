@@ -13,7 +13,8 @@ constexpr int kReduce = 1, kApply = 2;  // phases of a launch
 
 // Counts `batches` and returns their share in the running averages; with momentum=None, which makes it one over the
 // number of batches, that number when the first of these has been counted. The counter then counts also the blocks that
-// have seen it (above bit 40), so that the last of them may set its new value.
+// have seen it (above bit 40, by which its own value is known while it is below 2^39 and not below -2^39), so that the
+// last of them may set its new value.
 __device__ inline double count_batches(const ForwardArgs& a, const Plan& p, const int64_t tile, int64_t batches) {
   if (a.num_batches_tracked == nullptr) return a.momentum;
   auto* counter = reinterpret_cast<unsigned long long*>(a.num_batches_tracked);
@@ -22,8 +23,10 @@ __device__ inline double count_batches(const ForwardArgs& a, const Plan& p, cons
     return a.momentum;
   }
   constexpr int kShift = 40;
-  const unsigned long long seen = atomicAdd(counter, 1ull << kShift), before = seen & ((1ull << kShift) - 1);
-  if (static_cast<int64_t>(seen >> kShift) == p.tiles - 1) atomicExch(counter, before + batches);
+  const unsigned long long seen = atomicAdd(counter, 1ull << kShift);
+  const int64_t before = static_cast<int64_t>(seen << (64 - kShift)) >> (64 - kShift);
+  const auto blocks = static_cast<int64_t>((seen - static_cast<unsigned long long>(before)) >> kShift);
+  if (blocks == p.tiles - 1) atomicExch(counter, static_cast<unsigned long long>(before + batches));
   return static_cast<double>(before + 1);
 }
 // What move_statistics goes by.

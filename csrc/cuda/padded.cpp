@@ -77,8 +77,7 @@ int64_t padded_bytes(const ForwardArgs& a, const Device& device) {
   return a.training ? bytes_of_parts(a, device, kMomentRows) : 0;
 }
 int64_t padded_bytes(const BackwardArgs& a, const Device& device) {
-  const bool through = a.epilogue.activates() && !a.grad_residual;
-  return bytes_of_parts(a, device, kSumRows) + (through ? a.shape.numel() * element_bytes(a.dtype) : 0);
+  return a.sums() ? bytes_of_parts(a, device, kSumRows) : 0;
 }
 
 cudaError_t padded_forward(const ForwardArgs& args, const Device& device, void* workspace, cudaStream_t stream) {
@@ -91,35 +90,24 @@ cudaError_t padded_forward(const ForwardArgs& args, const Device& device, void* 
 
 cudaError_t padded_backward(const BackwardArgs& args, const Device& device, void* workspace, cudaStream_t stream) {
   BackwardArgs a = args;
-  if (a.epilogue.activates()) {  // first what the batch norm gets as its grad_output
-    BackwardArgs through = a;
-    if (!through.grad_residual) {
-      through.grad_residual = through.dx;
-      through.grad_residual.data = static_cast<char*>(workspace) + bytes_of_parts(a, device, kSumRows);
-    }
-    through.dx.data = nullptr;
-    through.grad_weight = through.grad_bias = {};
-    BN_EXT_TRY(write(through, device, plan_backward, backward, stream));
-    a.dy = through.grad_residual;
-    a.epilogue = {};
-    a.grad_residual = {};
-    if (!a.dx) a.dx = {};
-  }
   if (a.sums()) {
     PaddedArgs of = cover(a, device);
     of.dy = a.dy;
     of.saved = a.saved;
     of.by_renorm = a.by_renorm;
+    of.epilogue = a.epilogue;
+    of.places = a.grad_residual ? a.grad_residual : a.dx;
     BN_EXT_TRY(give(PaddedPass::kSums, of, workspace, &a, stream));
   }
-  BackwardArgs scaling = a;
-  if (!a.training) {  // a pass of evaluation writes dx while it sums
+  if (!a.training && !a.epilogue.activates()) {  // a pass that writes dx while it sums: here it only scales
+    BackwardArgs scaling = a;
     scaling.grad_weight = scaling.grad_bias = {};
     scaling.stage = {};
+    if (a.dx) BN_EXT_TRY(backward(scaling, plan_backward(scaling, device), nullptr, stream));
+    if (!a.sums()) return cudaSuccess;
     a.dx = {};
-    if (scaling.dx) BN_EXT_TRY(backward(scaling, plan_backward(scaling, device), nullptr, stream));
   }
-  return a.sums() ? write(a, device, plan_backward, backward, stream) : cudaSuccess;
+  return write(a, device, plan_backward, backward, stream);
 }
 
 }  // namespace cuda

@@ -17,6 +17,8 @@ __device__ inline PaddedArgs piece_of_block(const PaddedArgs& all, int rows) {
   a.dy = from_sample(all.dy, n, all.dtype);
   a.valid = from_sample(all.valid, n, all.shape);
   a.saved = saved_from(all, i);
+  a.epilogue.residual = from_sample(all.epilogue.residual, n, all.dtype);
+  if (all.epilogue.mask) a.epilogue.mask += i * all.epilogue.mask_step;
   a.result += i * all.parts * rows * all.shape.c;
   return a;
 }
@@ -92,14 +94,45 @@ struct PaddedSums {
     mean = static_cast<double>(saved[kSavedMeanHi * a.shape.c]) + saved[kSavedMeanLo * a.shape.c];
   }
   __device__ void add(const PaddedArgs& a, int64_t n, int64_t c, int64_t l) {
-    const double dy = value_at<T>(a.dy, n, c, l);
+    add(value_at<T>(a.dy, n, c, l), value_at<T>(a.x, n, c, l));
+  }
+  __device__ void add(double dy, double x) {
     sum.count += 1;
     sum.dy += dy;
-    sum.dot += dy * (value_at<T>(a.x, n, c, l) - mean);
+    sum.dot += dy * (x - mean);
   }
   __device__ Result result() const { return sum; }
   static __device__ Result merged(const Result& one, const Result& other) {
     return {one.count + other.count, one.dy + other.dy, one.dot + other.dot};
+  }
+};
+
+// The same of g = act' * dy (activated.cuh), which no type rounds in between.
+template <typename T, Source kSource>
+struct PaddedActivatedSums : PaddedSums<T> {
+  using A = typename PaddedSums<T>::A;
+  A c[3] = {};  // of the normalisation; not by mask
+
+  __device__ PaddedActivatedSums(const PaddedArgs& a, int64_t channel) : PaddedSums<T>(a, channel) {
+    if constexpr (kSource == Source::kMask) return;
+    const A* const saved = static_cast<const A*>(a.saved) + channel;
+    for (int k = 0; k < 3; ++k) c[k] = saved[(kSavedNormalise + k) * a.shape.c];
+  }
+  __device__ void add(const PaddedArgs& a, int64_t n, int64_t channel, int64_t l) {
+    const auto value = [&](const TensorRef& t) { return static_cast<A>(value_at<T>(t, n, channel, l)); };
+    const A dy = value(a.dy), x = value(a.x);
+    A residual = 0, g = 0;
+    unsigned bits = 0;
+    if constexpr (kSource == Source::kSum) residual = value(a.epilogue.residual);
+    if constexpr (kSource == Source::kMask) {
+      const TensorRef& p = a.places;
+      bits = load_mask<T, 1>(a.epilogue.mask, n * p.stride_n + channel * p.stride_c + l * p.stride_l);
+    }
+    ActivatedGradient<T, 1, kSource>::with_gradient(a.epilogue, [&](const auto& gradient) {
+      g = gradient(dy, static_cast<typename ActivatedGradient<T, 1, kSource>::Beside>(bits), 0, x, residual, c[0], c[1],
+                   c[2]);
+    });
+    PaddedSums<T>::add(g, x);
   }
 };
 

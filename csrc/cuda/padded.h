@@ -21,6 +21,8 @@ struct PaddedArgs {
   int64_t first = 0;  // virtual batch of the grid's first row
   const void* saved = nullptr;
   bool by_renorm = false;    // what is saved
+  Epilogue epilogue;         // dy is what arrives behind it
+  TensorRef places;          // by whose strides the bits of its mask lie
   double* result = nullptr;  // (batches, parts, rows, C) of Stage's results
   BN_HD bool renormalised() const { return by_renorm; }
   int tx = 1, ty = kPaddedThreads;

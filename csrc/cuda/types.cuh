@@ -87,11 +87,11 @@ __device__ inline double rounded_to(DType dtype, double value) {
 }
 
 // 1 / sqrt(var + eps). Float arithmetic is within two units in the last place of a float; double only where the
-// variance of float values overflows float.
+// variance of float values is beyond float's normal numbers.
 template <typename A>
 __device__ inline double inverse_std(double variance, double eps) {
   const double v = variance + eps;
-  if (sizeof(A) == sizeof(double) || v > 1e37) return 1.0 / sqrt(v);
+  if (sizeof(A) == sizeof(double) || v > 1e37 || v < 1e-37) return 1.0 / sqrt(v);
   return 1.0f / sqrtf(static_cast<float>(v));
 }
 
