@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(backend().architecture > 0, reason="hints to the
 @pytest.mark.parametrize(("shape", "layout"), SHAPES, ids=str)
 @pytest.mark.parametrize("pass_", cache.PASSES, ids=lambda p: p.name.lower())
 def test_rows_that_were_read_last_come_from_the_cache(pass_: Pass, shape: tuple[int, ...], layout: str) -> None:
-    """At least half of the room hits, as threads go on at random; from first row to last, as before, nothing would."""
+    """At least half of the room hits, as threads go on at random; in the first sweep's order nothing would."""
     whole = torch.empty(shape, device="meta").nbytes * (2 if pass_.backward else 1) / 2**20
     for megabytes in (2, 3, 64):
-        asked, missed = cache.read(pass_, shape, layout, megabytes, **FEW)
+        asked, missed = cache.read(pass_, shape, layout, megabytes << 20, **FEW)
         again = (asked - 1) * whole
         assert again > 2, "the tensor has to be larger than what stays on chip and the cache"
         beyond = max(0.0, again - megabytes)
@@ -40,7 +40,7 @@ def test_a_large_cache_misses_each_byte_once_and_none_counts_nothing() -> None:
 
 
 def test_a_cache_of_nothing_has_nothing() -> None:
-    asked, missed = cache.read(Pass.FORWARD, (16384, 64), "contiguous", 0, **FEW, cache_bytes=32)
+    asked, missed = cache.read(Pass.FORWARD, (16384, 64), "contiguous", 32, **FEW)
     assert missed == pytest.approx(asked, rel=1e-3)
 
 

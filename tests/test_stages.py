@@ -94,7 +94,8 @@ def assert_nearly_equal(found: Any, expected: Any, coarsest: bool = False) -> No
     for a, b in zip(found, expected, strict=True):
         if a.is_floating_point():
             eps = max(of_type.values()) if coarsest else of_type[a.dtype]
-            torch.testing.assert_close(a, b, rtol=64 * eps, atol=64 * eps)
+            allowed = (4 if eps > 1e-4 else 64) * eps  # what is rounded to 16 bits may fall on the other side
+            torch.testing.assert_close(a, b, rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize("after", AFTER)
@@ -116,7 +117,7 @@ def test_one_part_is_the_whole_call(device: str, shape: str, layout: str, dtype:
     dx, dw, db, dr = backward(d, whole, saved, mask, after, None)
     found = backward(d, staged, found[1], found[2], after, own[None])
     of_parameters = ((own[2] * saved[2].double()).to(dw.dtype), own[1].to(db.dtype))
-    same((found[0], found[3], *of_parameters), (dx, dr, dw, db), coarsest=AFTER[after][0] is not None)
+    same((found[0], found[3], *of_parameters), (dx, dr, dw, db), coarsest=device != "cpu" and after == "kept")
 
 
 def test_moments_are_those_of_float64(device: str) -> None:

@@ -34,10 +34,10 @@ TENSORS = (
 PASSES = (Pass.FORWARD, Pass.BACKWARD)
 
 
-def read(pass_: Pass, shape: tuple[int, ...], layout: str, megabytes: int, **model: int) -> tuple[float, float]:
-    """Times that the inputs are read by the kernel, and from memory behind a cache of so many MB."""
+def read(pass_: Pass, shape: tuple[int, ...], layout: str, cache_bytes: int, **model: int) -> tuple[float, float]:
+    """Times that the inputs are read by the kernel, and from memory behind a cache of that size."""
     inputs = make(shape, layout=layout)
-    result = run(pass_, inputs, **{"cache_bytes": megabytes << 20, **model})
+    result = run(pass_, inputs, cache_bytes=cache_bytes, **model)
     names = ("x", "dy") if pass_.backward else ("x",)
     buffers = [launch["buffers"][name] for launch in result.launches for name in names]
     whole = len(names) * inputs.x.nbytes
@@ -49,7 +49,7 @@ def rows(tensors: Sequence[tuple[tuple[int, ...], str]] = TENSORS) -> Iterator[t
     """The table without its head."""
     for shape, layout in tensors:
         for pass_ in PASSES:
-            found = [read(pass_, shape, layout, size) for size in CACHES]
+            found = [read(pass_, shape, layout, size << 20) for size in CACHES]
             megabytes = torch.empty(shape, device="meta").nbytes * (3 if pass_.backward else 2) / 1e6
             name = f"{shape}{' from (N, L, C)' * (layout == 'permuted')}"
             times = (found[0][0], *(missed for _, missed in found))
