@@ -37,10 +37,17 @@ def statistics_dtype(input: Tensor) -> torch.dtype:
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_devices(input: Tensor, *others: Tensor | None) -> None:
-    for other in others:
-        if other is not None and other.device != input.device:
-            raise RuntimeError(f"Tensor on device {other.device} is not on the expected device {input.device}!")
+def _check_devices(input: Tensor, **others: Tensor | None) -> None:
+    """Raise what csrc/torch/checks.cpp's check_device would."""
+    for name, other in others.items():
+        if other is None or other.device == input.device:
+            continue
+        if "cuda" in (other.device.type, input.device.type):
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but got {name} is on {other.device}, different from "
+                f"other tensors on {input.device} (when checking argument in method bn_ext::batch_norm)"
+            )
+        raise RuntimeError(f"Tensor on device {other.device} is not on the expected device {input.device}!")
 
 
 def _check(
@@ -51,7 +58,7 @@ def _check(
     A graph that is being made is left to that entry, where it runs: the error then is the one that eager calls raise.
     """
     if TracingContext.try_get() is not None:
-        _check_devices(input, *vectors.values())
+        _check_devices(input, **vectors)
         return
     if input.dim() not in (2, 3):
         raise ValueError(f"expected 2D or 3D input (got {input.dim()}D input)")
@@ -61,7 +68,7 @@ def _check(
     if eps is not None:
         check_eps(eps, training)
     check_dtype(input)
-    _check_devices(input, *vectors.values())
+    _check_devices(input, **vectors)
     if guard_or_false(input.numel() == 0):
         return
     if training and (vectors["running_mean"] is None) != (vectors["running_var"] is None):
@@ -88,13 +95,13 @@ def check_dtype(input: Tensor) -> None:
 def _check_count(input: Tensor, count: Tensor | None) -> None:
     """Raise for a count without data beside an input with data, which has brought the call here."""
     if count is not None and count.device.type == "meta":
-        _check_devices(input, count)
+        _check_devices(input, num_batches_tracked=count)
 
 
 def _check_residual(input: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         return
-    _check_devices(input, residual)
+    _check_devices(input, residual=residual)
     if residual.dtype != input.dtype:
         raise RuntimeError(f"residual should have the type of input, {input.dtype}, but has {residual.dtype}")
     if residual.shape != input.shape:
@@ -106,7 +113,7 @@ def check_valid(input: Tensor, valid: Tensor | None) -> None:
     """Raise what csrc/torch/checks.cpp's check_valid would."""
     if valid is None:
         return
-    _check_devices(input, valid)
+    _check_devices(input, **{"mask" if valid.dtype == torch.bool else "lengths": valid})
     size = list(input.shape)
     if valid.dtype == torch.bool:
         if valid.shape != (input.shape[:1] if input.dim() == 2 else (input.shape[0], input.shape[2])):
@@ -152,7 +159,7 @@ def _check_renorm(renorm: Sequence[float], training: bool, part: bool, *state: T
 def _check_stage(input: Tensor, given: Tensor | None, rows: int, name: str) -> None:
     if given is None:
         return
-    _check_devices(input, given)
+    _check_devices(input, **{name: given})
     if given.dim() != 3 or given.shape[1:] != (rows, input.shape[1]) or given.dtype != torch.float64:
         size = f"(parts, {rows}, {input.shape[1]})"
         raise RuntimeError(f"{name} should be a float64 tensor of size {size}, but is of size {list(given.shape)}")
@@ -280,7 +287,7 @@ def _(
     valid: Tensor | None = None,
     renorm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_output, weight, saved, residual, mask)
+    _check_devices(input, grad_output=grad_output, weight=weight, saved=saved, residual=residual, mask=mask)
     _check_stage(input, sums, SUM_ROWS, "sums")
     check_valid(input, valid)
     of_input, of_weight, of_bias, of_residual = output_mask
@@ -302,7 +309,7 @@ def _(
     activation: str = "identity",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    _check_devices(input, grad_output, saved, residual, mask)
+    _check_devices(input, grad_output=grad_output, saved=saved, residual=residual, mask=mask)
     return input.new_empty((SUM_ROWS, input.shape[1]), dtype=torch.float64)
 
 
@@ -318,7 +325,8 @@ def _(
     training: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight, saved)
+    _check_devices(input, grad_output=grad_output, weight=weight, saved=saved, grad_grad_input=grad_grad_input)
+    _check_devices(input, grad_grad_weight=grad_grad_weight, grad_grad_bias=grad_grad_bias)
     of_grad_output, of_input, of_weight = output_mask
     return (
         _like_input(input, of_grad_output),

@@ -146,6 +146,21 @@ def test_fake_kernels_tell_the_truth(device: str, layout: str, dtype: torch.dtyp
                 assert [d[:2] + d[3:] for d, _ in seen] == [d[:2] + d[3:] for _, d in seen]
 
 
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (("cuda:0", "cpu"), "got weight is on cpu, different from other tensors on cuda:0"),
+        (("cpu", "cuda:0"), "got weight is on cuda:0, different from other tensors on cpu"),
+        (("cpu", "meta"), "Tensor on device meta is not on the expected device cpu!"),
+    ],
+)
+def test_fake_kernels_refuse_tensors_of_two_devices(devices: tuple[str, str], said: str) -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 4, device=devices[0]), torch.empty(4, device=devices[1])
+        with pytest.raises(RuntimeError, match=said):
+            ops.batch_norm_forward(x, weight, None, None, None, None, 0.1, 1e-5)
+
+
 def test_schemas_declare_what_is_written() -> None:
     written = {
         a.name for a in ops.batch_norm_forward.default._schema.arguments if a.alias_info and a.alias_info.is_write
